@@ -1,0 +1,691 @@
+"""Measure how much large requests delay small ones, on any HTTP server.
+
+  python client.py                   start `uvicorn server:app`, measure it, stop it
+  python client.py --base-url URL    measure the server that is already there
+  python client.py --serve "gunicorn -w 4 -k asgi server:app" --serve ...
+
+For each server and endpoint stdout gets a dict to paste, at the end a Markdown table,
+latencies in ms. The classes and words in them:
+
+  small     open loop: request i is due at start + i/rate, whatever happened to the ones
+            before it; latency = answer complete - due time, so a stall is counted for
+            everybody whom it delayed
+  large     one upload at a time, in chunks; latency = answer complete - start of sending
+  idle      small, with no large request in the air: the baseline
+  lateness  actual send - due; if its p99 passes 5 ms while idle, the client says that it
+            is itself the bottleneck
+  errors    wrong answer, bad status, timeout, refused or broken connection: counted by
+            kind, shown, never in the percentiles
+
+A warm-up (a few small, one large) is sent first and not counted. Exit status: 0 all
+requests succeeded, 1 some failed, 2 wrong usage or no server, 130 interrupted (what was
+measured so far is printed).
+"""
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import importlib.metadata
+import importlib.util
+import itertools
+import math
+import os
+import platform
+import random
+import re
+import resource
+import shlex
+import signal
+import socket
+import string
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NamedTuple, NoReturn
+
+import httpx
+import numpy as np
+import orjson
+from tqdm import tqdm
+
+KINDS = ("idle", "small", "large")
+COLUMNS = ("Min", "Median", "Mean", "p90", "p95", "p99", "Max")
+PACKAGES = (
+    "fastapi starlette uvicorn gunicorn uvicorn-worker httpx pydantic orjson numpy"
+)
+CHUNK_BYTES = 256 * 1024
+WARM_UP_REQUESTS = 10
+MAX_REQUESTS, MAX_BODY_MB = 10_000_000, 4000
+LATE_MS = 5.0
+CONNECT_S, START_S, STOP_S = 5, 30, 10  # a running server; a started one; stopping it
+STAGE = re.compile(r"([\w-]+)[^,]*?;dur=(\d+(?:\.\d+)?)")  # in a Server-Timing header
+
+
+class Failure(Exception):
+    """What ends the run; its text tells the user what to do."""
+
+
+def say(message: str) -> None:
+    tqdm.write(f"client.py: {message}", file=sys.stderr)
+
+
+# Workload: two bodies, made before anything is timed.
+
+
+class Body(NamedTuple):
+    content: bytes
+    expected: dict[str, Any]
+
+
+def make_body(name: str, size_bytes: int) -> Body:
+    """A body of exactly `size_bytes` (up to 20 spaces at its end), always the same one.
+
+    Raises ValueError if `size_bytes` is too small even for empty `data`.
+    """
+    head, tail = f'{{"name":"{name}","data":{{', "}}"
+    room = size_bytes - len(head) - len(tail)
+    if room < 0:
+        raise ValueError(f"a {name} body takes at least {size_bytes - room} bytes")
+    rng, entries, maxval = random.Random(0), [], 0
+    for letters in itertools.product(string.ascii_lowercase, repeat=10):
+        value = 1 + int(1_000_000 * rng.random())
+        entry = '"{}":{}'.format("".join(letters), value)
+        if len(entry) > room:
+            break
+        room -= len(entry) + len(",")
+        entries.append(entry)
+        maxval = max(maxval, value)
+    content = (head + ",".join(entries) + tail).encode().ljust(size_bytes)
+    return Body(content, {"name": name, "count": len(entries), "maxval": maxval})
+
+
+async def chunks(content: bytes) -> AsyncIterator[bytes]:
+    for start in range(0, len(content), CHUNK_BYTES):
+        yield content[start : start + CHUNK_BYTES]
+
+
+# Schedule.
+
+
+def due_offsets_s(rate_hz: float, duration_s: float) -> list[float]:
+    """The times i / rate before `duration_s`, in seconds since the start of the phase."""
+    count = math.ceil(round(rate_hz * duration_s, 6))
+    return [i / rate_hz for i in range(count)]
+
+
+# Send: each request becomes one sample.
+
+
+class Sample(NamedTuple):
+    """One request; times in seconds since the start of the run, to the microsecond."""
+
+    kind: str
+    due_s: float
+    sent_s: float
+    done_s: float
+    error: str | None
+    stages_ms: dict[str, float]
+
+    @property
+    def latency_ms(self) -> float:
+        return 1000 * (self.done_s - self.due_s)
+
+
+def new_client(reuse: str) -> httpx.AsyncClient:
+    # Kept for 1 s only: a connection that the server closes first would look like a fault.
+    kept = None if reuse == "connection" else 0
+    limits = httpx.Limits(max_keepalive_connections=kept, keepalive_expiry=1.0)
+    return httpx.AsyncClient(limits=limits, timeout=None, trust_env=False)
+
+
+def classify(status: int, content: bytes, expected: dict[str, Any]) -> str | None:
+    """What is wrong with an answer, or None."""
+    if status != 200:
+        return f"status {status}"
+    with contextlib.suppress(orjson.JSONDecodeError):
+        if orjson.loads(content) == expected:
+            return None
+    return "wrong answer"
+
+
+@dataclass
+class Run:
+    """One server and endpoint under load; `measure` fills `samples`."""
+
+    server: str
+    endpoint: str
+    options: argparse.Namespace
+    small: Body
+    large: Body
+    client: httpx.AsyncClient
+    samples: list[Sample] = field(default_factory=list)
+    in_flight: int = 0
+    phase: str = "warm-up"
+    origin_s: float = field(default_factory=time.perf_counter)
+
+    def now_s(self) -> float:
+        return round(time.perf_counter() - self.origin_s, 6)
+
+    async def post(self, content: bytes) -> httpx.Response:
+        url = self.options.base_url + self.endpoint
+        size_bytes = str(len(content))
+        headers = {"Content-Type": "application/json", "Content-Length": size_bytes}
+        if self.options.reuse != "none":
+            return await self.client.post(url, content=chunks(content), headers=headers)
+        async with new_client("none") as client:
+            return await client.post(url, content=chunks(content), headers=headers)
+
+    async def request(
+        self, kind: str, body: Body, due_s: float | None = None
+    ) -> Sample:
+        """Send one body, and record what came of it, also when interrupted."""
+        sent_s = self.now_s()
+        error: str | None = "interrupted"
+        stages_ms: dict[str, float] = {}
+        self.in_flight += 1
+        task = asyncio.create_task(self.post(body.content))
+        try:
+            await asyncio.wait([task], timeout=self.options.timeout)
+            if not task.done():
+                error = "timeout"
+            elif exception := task.exception():
+                error = type(exception).__name__
+            else:
+                response = task.result()
+                error = classify(response.status_code, response.content, body.expected)
+                if kind == "large":
+                    timing = STAGE.findall(response.headers.get("Server-Timing", ""))
+                    stages_ms = {stage: float(ms) for stage, ms in timing}
+        finally:
+            task.cancel()
+            self.in_flight -= 1
+            due_s = sent_s if due_s is None else round(due_s, 6)
+            sample = Sample(kind, due_s, sent_s, self.now_s(), error, stages_ms)
+            self.samples.append(sample)
+        return sample
+
+    async def send_small(self, kind: str, duration_s: float) -> None:
+        if self.options.closed_loop:
+            return await self.send_small_closed(kind, duration_s)
+        begun_s, tasks = self.now_s(), []
+        try:
+            for offset_s in due_offsets_s(self.options.rate, duration_s):
+                due_s = begun_s + offset_s
+                await asyncio.sleep(due_s - self.now_s())
+                tasks.append(asyncio.create_task(self.request(kind, self.small, due_s)))
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def send_small_closed(self, kind: str, duration_s: float) -> None:
+        end_s = self.now_s() + duration_s
+        while self.now_s() < end_s:
+            sample = await self.request(kind, self.small)
+            await asyncio.sleep(sample.sent_s + 1 / self.options.rate - self.now_s())
+
+    async def send_large(self, duration_s: float) -> None:
+        end_s = self.now_s() + duration_s
+        while self.now_s() < end_s:
+            sample = await self.request("large", self.large)
+            # Even without a pause, a server that refuses at once is not hammered.
+            pause_s = max(self.options.pause, 0.1 if sample.error else 0)
+            await asyncio.sleep(min(pause_s, end_s - self.now_s()))
+
+    async def warm_up(self, process: "Process | None") -> None:
+        """Wait for a first HTTP answer of any status; Failure if none comes."""
+        give_up_s = START_S if process else CONNECT_S
+        while True:
+            error = (await self.request("warm-up", self.small)).error
+            if error in (None, "wrong answer") or str(error).startswith("status"):
+                break
+            if self.now_s() > give_up_s or process and process.ended():
+                log = f"; the server's log ends:\n{process.log()}" if process else ""
+                url = self.options.base_url + self.endpoint
+                raise Failure(f"no HTTP answer from {url} ({error}){log}")
+            await asyncio.sleep(0.1)
+        for body in [self.small] * WARM_UP_REQUESTS + [self.large]:
+            sample = await self.request("warm-up", body)
+            if sample.error:
+                name = body.expected["name"]
+                say(f"warm-up of {self.endpoint}, {name}: {sample.error}")
+            if sample.error == "timeout":
+                break
+        self.samples.clear()
+
+    async def measure(self) -> None:
+        options, self.origin_s = self.options, time.perf_counter()
+        self.phase = "idle"
+        await self.send_small("idle", options.idle)
+        self.phase = "small and large"
+        small = self.send_small("small", options.duration)
+        await asyncio.gather(small, self.send_large(options.duration))
+
+    async def show_progress(self) -> None:
+        """Keep a bar on stderr up to date; none where stderr is no terminal."""
+        total_s = self.options.idle + self.options.duration
+        form = "{desc} |{bar:20}|{postfix}"
+        with tqdm(total=total_s, bar_format=form, disable=None, leave=False) as bar:
+            while True:
+                bar.n = 0 if self.phase == "warm-up" else min(self.now_s(), total_s)
+                bar.set_description_str(f"{self.server}, {self.endpoint}, {self.phase}")
+                errors = sum(sample.error is not None for sample in self.samples)
+                bar.set_postfix_str(
+                    f"{total_s - bar.n:.0f} s left, {len(self.samples)} answers, "
+                    f"{self.in_flight} in flight, {errors} errors"
+                )
+                await asyncio.sleep(0.25)
+
+
+# The server, where it is started here.
+
+
+@dataclass
+class Process:
+    popen: subprocess.Popen[bytes]
+    output: IO[bytes]
+
+    def ended(self) -> bool:
+        return self.popen.poll() is not None
+
+    def log(self) -> str:
+        """The last lines that the server printed."""
+        self.output.seek(0)
+        return "\n".join(self.output.read().decode(errors="replace").splitlines()[-10:])
+
+
+@contextlib.contextmanager
+def started(command: Sequence[str], cwd: Path | None) -> Iterator[Process]:
+    """A server in a process group of its own, which never outlives this process."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    with tempfile.TemporaryFile() as output:
+        try:
+            popen = subprocess.Popen(
+                command,
+                cwd=cwd,
+                env=os.environ | {"PATH": path},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        except OSError as exc:
+            raise Failure(f"cannot start {command[0]}: {exc.strerror}") from None
+        # Its input ends when this process does, even by SIGKILL: then it kills the group.
+        watch = f"cat; kill -KILL -{popen.pid} 2>/dev/null"
+        guard = subprocess.Popen(
+            ["sh", "-c", watch], stdin=subprocess.PIPE, start_new_session=True
+        )
+        try:
+            yield Process(popen, output)
+        finally:
+            popen.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                popen.wait(STOP_S)
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(popen.pid, signal.SIGKILL)
+            popen.wait()
+            guard.kill()
+            guard.communicate()
+
+
+def listening(url: httpx.URL) -> bool:
+    port = url.port or {"http": 80, "https": 443}[url.scheme]
+    try:
+        socket.create_connection((url.host, port), CONNECT_S).close()
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def server_at(base_url: str, serve: str | None) -> Iterator[tuple[str, Process | None]]:
+    """The name of the server to measure, and its process if it is started here."""
+    url = httpx.URL(base_url)
+    if listening(url):
+        if serve:
+            raise Failure(f"{base_url} is taken: stop that server or change --base-url")
+        say(f"measuring the server at {base_url}")
+        yield base_url, None
+        return
+    if serve:
+        name, command, cwd = serve, shlex.split(serve), None
+    elif url.scheme == "http" and url.host in ("127.0.0.1", "localhost", "::1"):
+        name, cwd = "uvicorn server:app", Path(__file__).resolve().parent
+        where = ["--host", url.host, "--port", str(url.port or 80), "--no-access-log"]
+        command = [sys.executable, "-m", *name.split(), *where]
+    else:
+        raise Failure(f"no server at {base_url}: start it first")
+    say(f"nothing listens at {base_url}, starting: {shlex.join(command)}")
+    with started(command, cwd) as process:
+        yield name, process
+        if process.ended():
+            say(f"the server ended by itself; its log ends:\n{process.log()}")
+
+
+# Report: pure functions of the samples, and what prints them.
+
+
+def statistics(latencies_ms: Sequence[float], errors: int) -> dict[str, float]:
+    """Count, min, median, mean, percentiles and max in ms to one decimal, and errors.
+
+    Percentiles are interpolated linearly (numpy.percentile). Without any latency there
+    are only the count, 0, and the errors.
+    """
+    if not latencies_ms:
+        return {"count": 0, "errors": errors}
+    median, p90, p95, p99 = np.percentile(latencies_ms, [50, 90, 95, 99])
+    mean = np.mean(latencies_ms)
+    values = [min(latencies_ms), median, mean, p90, p95, p99, max(latencies_ms)]
+    rounded = [round(float(value), 1) for value in values]
+    names = [column.lower() for column in COLUMNS]
+    return {"count": len(latencies_ms), **dict(zip(names, rounded)), "errors": errors}
+
+
+def summarize(samples: Iterable[Sample]) -> dict[str, dict[str, float]]:
+    """`statistics` for each of the classes idle, small and large."""
+    by_kind: dict[str, list[Sample]] = {kind: [] for kind in KINDS}
+    for sample in samples:
+        by_kind[sample.kind].append(sample)
+    return {
+        kind: statistics(
+            [sample.latency_ms for sample in chosen if not sample.error],
+            sum(sample.error is not None for sample in chosen),
+        )
+        for kind, chosen in by_kind.items()
+    }
+
+
+def format_stages(samples: Iterable[Sample]) -> str:
+    """A line on what Server-Timing says of the large requests; empty without any."""
+    timed = [s for s in samples if s.stages_ms and not s.error]
+    if not timed:
+        return ""
+    medians_ms = {
+        stage: float(np.median([sample.stages_ms.get(stage, 0) for sample in timed]))
+        for stage in timed[0].stages_ms
+    }
+    total_ms = medians_ms.get("total", sum(medians_ms.values()))
+    share = total_ms / float(np.median([sample.latency_ms for sample in timed]))
+    stages = ", ".join(f"{stage} {ms:.1f}" for stage, ms in medians_ms.items())
+    return f"# large in the server, median ms: {stages} ({share:.0%} of the latency)\n"
+
+
+def format_run(run: Run) -> str:
+    rows = [f"    {kind!r}: {row},\n" for kind, row in summarize(run.samples).items()]
+    heading, stages = f"# {run.server}, {run.endpoint}\n", format_stages(run.samples)
+    return heading + "{\n" + "".join(rows) + "}\n" + stages
+
+
+def format_table(runs: Iterable[Run]) -> str:
+    """The Markdown table, a row for each class of each run."""
+    titles = ["Request Size", "Server", "Endpoint", "Count", *COLUMNS]
+    rows = [titles, ["---"] * 3 + ["---:"] * (len(titles) - 3)]
+    for run in runs:
+        small, large = f"{run.options.small_kb:g} kB", f"{run.options.large_mb:g} MB"
+        for kind, row in summarize(run.samples).items():
+            size = f"{kind} ({large if kind == 'large' else small})"
+            values = [str(row.get(name.lower(), "-")) for name in ("Count", *COLUMNS)]
+            server = run.server.replace("|", "\\|")
+            rows.append([size, server, run.endpoint, *values])
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+def report(run: Run) -> None:
+    """Print the dict on stdout, and on stderr what else a reader of it must know."""
+    tqdm.write(format_run(run), file=sys.stdout)
+    sys.stdout.flush()
+    for kind in KINDS:
+        samples = [sample for sample in run.samples if sample.kind == kind]
+        errors = Counter(sample.error for sample in samples if sample.error)
+        for error, count in errors.items():
+            say(f"{run.endpoint}, {kind}: {count} x {error}")
+        if kind != "large" and samples:
+            late_ms = [1000 * (sample.sent_s - sample.due_s) for sample in samples]
+            p99_ms = float(np.percentile(late_ms, 99))
+            say(f"{run.endpoint}, {kind}: lateness of sending, p99 {p99_ms:.1f} ms")
+            if kind == "idle" and p99_ms > LATE_MS:
+                say("WARNING: this client is itself the bottleneck: figures too high")
+
+
+def to_json(options: argparse.Namespace, runs: Iterable[Run]) -> dict[str, Any]:
+    """Everything about the runs; README.md describes the schema."""
+    cpu = platform.processor()
+    with contextlib.suppress(OSError):  # only Linux tells the model, and only here
+        found = re.search("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        cpu = found[1] if found else cpu
+    installed = {d.name: d.version for d in importlib.metadata.distributions()}
+    return {
+        "schema": 1,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": shlex.join(["python", *sys.argv]).encode(errors="replace").decode(),
+        "parameters": {
+            k: v for k, v in vars(options).items() if not isinstance(v, Path)
+        },
+        "versions": {name: installed.get(name) for name in PACKAGES.split()},
+        "machine": {
+            "cores": os.cpu_count(),
+            "cpu": cpu,
+            "os": platform.platform(),
+            "python": platform.python_version(),
+        },
+        "columns": Sample._fields,
+        "runs": [
+            {
+                "server": run.server,
+                "endpoint": run.endpoint,
+                "statistics": summarize(run.samples),
+                "samples": [list(sample) for sample in run.samples],
+            }
+            for run in runs
+        ],
+    }
+
+
+def plot(runs: Sequence[Run], file: Path) -> None:
+    """Latency over time: a row of panels for each server, a column for each endpoint."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    marks = {"idle": "gray", "small": "tab:blue", "error": "tab:red"}
+    columns = len({run.endpoint for run in runs})
+    rows = math.ceil(len(runs) / columns)
+    figure = Figure(figsize=(11, 1.2 + 2.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axis, run in zip(axes.flat, runs):
+        title = textwrap.fill(f"{run.server}, {run.endpoint}", 140 // columns)
+        axis.set_title(title, fontsize=9)
+        axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+        for s in run.samples:
+            if s.kind == "large":
+                axis.axvspan(s.sent_s, s.done_s, color="orange", alpha=0.3, lw=0)
+        for label, color in marks.items():
+            mark = "x" if label == "error" else "."
+            chosen = [
+                s for s in run.samples if (s.error and "error" or s.kind) == label
+            ]
+            due_s = [s.due_s for s in chosen]
+            latency_ms = [s.latency_ms for s in chosen]
+            axis.plot(due_s, latency_ms, mark, ms=3, color=color, label=label)
+    figure.supxlabel("time when due, s")
+    figure.supylabel("latency, ms")
+    span = Patch(color="orange", alpha=0.3, label="large in the air")
+    handles = [*axes[0, 0].lines, span]
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
+    figure.savefig(file, dpi=110)
+
+
+# The command line.
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
+def command(text: str) -> str:
+    if shlex.split(text):  # ValueError where a quotation is open
+        return text
+    raise ValueError
+
+
+def parse() -> argparse.Namespace:
+    parser = Parser(
+        prog="client.py",
+        description=__doc__,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, width=88
+        ),
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    text = "paths to measure, one after the other (default: /ping /pong)"
+    paths = ["/ping", "/pong"]
+    add("--endpoint", nargs="+", default=paths, metavar="PATH", help=text)
+    text = "where the server is (default: %(default)s)"
+    local = "http://127.0.0.1:8000"
+    add("--base-url", default=local, metavar="URL", help=text)
+    text = "start this server (in the foreground), measure, stop it; may be repeated"
+    add("--serve", action="append", type=command, metavar="COMMAND", help=text)
+    numbers = [
+        ("--duration", 30, "S", "seconds of mixed load for each endpoint"),
+        ("--small-kb", 1, "KB", "size of a small body, in units of 1000 bytes"),
+        ("--large-mb", 25, "MB", "size of a large body, in units of 1000 kB"),
+        ("--rate", 50, "HZ", "small requests per second"),
+        ("--pause", 2, "S", "seconds from the end of a large request to the next"),
+        ("--idle", 3, "S", "seconds of small requests alone, first"),
+        ("--timeout", 60, "S", "seconds until a request counts as an error"),
+    ]
+    for flag, default, unit, text in numbers:
+        text += f" (default: {default})"
+        add(flag, type=float, default=float(default), metavar=unit, help=text)
+    text = (
+        "next small request only after the last one's answer and 1/rate: hides stalls"
+    )
+    add("--closed-loop", action="store_true", help=text)
+    text = (
+        "client: one httpx client, a new connection per request; connection: keep-alive; "
+        "none: a new httpx client on every call (default: client)"
+    )
+    ways = ["client", "connection", "none"]
+    add("--reuse", choices=ways, default="client", help=text)
+    text = "write every sample, the parameters, versions and machine"
+    add("--json", type=Path, metavar="FILE", help=text)
+    text = "draw latency over time, .png or .svg (needs matplotlib)"
+    add("--plot", type=Path, metavar="FILE", help=text)
+    options = parser.parse_args()
+    if wrong := complaint(options):
+        parser.error(wrong)
+    options.base_url = options.base_url.rstrip("/")
+    return options
+
+
+def complaint(options: argparse.Namespace) -> str | None:
+    """What is wrong with the options: better found before a long run than after it."""
+    for name, value in vars(options).items():
+        least = 0 if name in ("pause", "idle") else math.ulp(0)
+        if isinstance(value, float) and not least <= value < math.inf:
+            return f"--{name.replace('_', '-')} must be a positive number, not {value}"
+    if options.rate * (options.idle + options.duration) > MAX_REQUESTS:
+        return f"--rate times --duration must not pass {MAX_REQUESTS} requests"
+    if max(options.small_kb / 1000, options.large_mb) > MAX_BODY_MB:
+        return f"--large-mb and --small-kb must not pass {MAX_BODY_MB} MB"
+    for path in options.endpoint:
+        if not path.startswith("/"):
+            return f"--endpoint must start with /, not {path!r}"
+    try:
+        url = httpx.URL(options.base_url)
+    except (httpx.InvalidURL, UnicodeError):
+        url = httpx.URL()
+    known = url.scheme in ("http", "https") and url.port in (None, *range(1, 65536))
+    if not (known and url.host) or url.query or url.fragment:
+        return (
+            f"--base-url must be like http://127.0.0.1:8000, not {options.base_url!r}"
+        )
+    for file in filter(None, [options.json, options.plot]):
+        if file.is_dir() or not os.access(
+            file if file.exists() else file.parent, os.W_OK
+        ):
+            return f"cannot write to {file}"
+    if options.plot and options.plot.suffix not in (".png", ".svg"):
+        return f"--plot must end with .png or .svg, not {options.plot.name!r}"
+    if options.plot and not importlib.util.find_spec("matplotlib"):
+        return "--plot needs matplotlib: pip install matplotlib"
+    return None
+
+
+async def measure_all(
+    options: argparse.Namespace, small: Body, large: Body, runs: list[Run]
+) -> None:
+    """Fill `runs`, and report on each as soon as it is over or interrupted."""
+    task = asyncio.current_task()
+    assert task
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(signum, task.cancel)
+    for serve in options.serve or [None]:
+        with server_at(options.base_url, serve) as (name, process):
+            for endpoint in options.endpoint:
+                async with new_client(options.reuse) as client:
+                    run = Run(name, endpoint, options, small, large, client)
+                    progress = asyncio.create_task(run.show_progress())
+                    try:
+                        await run.warm_up(process)
+                        runs.append(run)
+                        await run.measure()
+                    finally:
+                        progress.cancel()
+                        if run in runs:
+                            report(run)
+
+
+def main() -> int:
+    options = parse()
+    loop = "closed loop" if options.closed_loop else "open loop"
+    say(
+        f"{' '.join(options.endpoint)}: {options.idle:g} s idle and {options.duration:g} s "
+        f"of load each; {options.small_kb:g} kB at {options.rate:g}/s, {loop}; "
+        f"{options.large_mb:g} MB with {options.pause:g} s between; "
+        f"reuse: {options.reuse}; timeout {options.timeout:g} s"
+    )
+    # Requests pile up behind a stalled server, and each holds a file descriptor.
+    with contextlib.suppress(ValueError, OSError):
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        files = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    runs: list[Run] = []
+    status = 0
+    try:
+        small = make_body("small", round(1000 * options.small_kb))
+        large = make_body("large", round(1_000_000 * options.large_mb))
+        gc.freeze()  # spares the collector all that is here to stay
+        asyncio.run(measure_all(options, small, large, runs))
+    except (Failure, ValueError) as exc:
+        say(str(exc))
+        status = 2
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        say("interrupted")
+        status = 130
+    except BrokenPipeError:  # whoever read stdout is gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    if runs:
+        print("Latency in ms, smaller is better:\n")
+        print(format_table(runs), end="", flush=True)
+        if options.json:
+            options.json.write_bytes(orjson.dumps(to_json(options, runs)) + b"\n")
+        if options.plot:
+            plot(runs, options.plot)
+    return status or int(any(sample.error for run in runs for sample in run.samples))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
