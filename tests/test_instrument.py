@@ -276,13 +276,14 @@ def test_killed_server(tmp_path: Path, command: str) -> None:
 
         def kill() -> None:
             wait_until(lambda: seen_by(server.url, path)["large"] > WARM_UP["large"])
-            time.sleep(STALL_S / 2)  # to the middle of the next large request
-            for pid in child_pids(server.process.pid) or [server.process.pid]:
-                os.kill(pid, signal.SIGKILL)
+            for _ in range(3):  # once, all workers might just have nothing to do
+                time.sleep(STALL_S * 1.5)
+                for pid in child_pids(server.process.pid) or [server.process.pid]:
+                    os.kill(pid, signal.SIGKILL)
 
-        flags = f"--endpoint {path} {SHORT} --duration 3 --pause 0"
+        flags = f"--endpoint {path} {SHORT} --duration 5 --pause 0"
         measured = measure(tmp_path, server.url, flags, kill)
-    assert_nothing_lost(measured, {"idle": 25, "small": 150})
+    assert_nothing_lost(measured, {"idle": 25, "small": 250})
     failed = [bool(sample["error"]) for sample in measured.samples("small")]
     assert not any(failed[:10])
     assert all(failed[-10:]) == command.startswith("uvicorn")
