@@ -98,9 +98,16 @@ def gc_paused() -> Iterator[None]:
         gc.enable()
 
 
+def nested(body: bytes) -> bool:
+    """Whether there are more brackets than the model's two objects have."""
+    # find and `in` are ten times as fast as count.
+    inner = body.find(b"{", body.find(b"{") + 1)
+    return b"[" in body or body.find(b"{", inner + 1) > 0
+
+
 def loads(body: bytes) -> Any:
     """`orjson.loads`, but not of a body that is mostly brackets: a byte each, 60 in memory."""
-    if body.count(b"[") + body.count(b"{") > MAX_BRACKETS:
+    if nested(body) and body.count(b"[") + body.count(b"{") > MAX_BRACKETS:
         raise json.JSONDecodeError(f"More than {MAX_BRACKETS} brackets", "", 0)
     return orjson.loads(body)
 
@@ -135,7 +142,7 @@ class JSONRequest(Request):
     async def json(self) -> Any:
         body = await self.body()
         with gc_paused():
-            if body.count(b"{") == 2 and b"[" not in body and b"\\u" not in body:
+            if not nested(body) and b"\\u" not in body:
                 try:
                     document = json.loads(body.decode())
                     keys = 2 + len(document["data"])
