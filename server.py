@@ -25,7 +25,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import asynccontextmanager
@@ -37,7 +37,7 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, ValidationInfo
 from starlette.background import BackgroundTask
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.requests import ClientDisconnect
@@ -49,29 +49,23 @@ if not re.fullmatch(r"\d{1,6}(\.\d*)?", MAX_BODY_MB) or not float(MAX_BODY_MB):
 MAX_BODY_BYTES = int(float(MAX_BODY_MB) * 2**20)
 MAX_HELD_BYTES = 4 * MAX_BODY_BYTES  # by all requests with offload=true together
 MAX_BRACKETS = 1_000_000
+INLINE_BYTES = 64 * 1024  # up to here parsing is quicker than the way to the pool
 # Returns freed memory to the system, where glibc would keep it for later.
 MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)
-INLINE_BYTES = 64 * 1024  # up to here parsing is quicker than the way to the pool
 
 
-def largest(data: Any) -> int | None:
-    """The largest value, 0 when empty, or None if `data` is no dict of 64-bit integers."""
-    if isinstance(data, dict):
-        values = data.values()  # countOf and max look at them at C speed
-        if countOf(map(type, values), int) == len(data):
-            top: int = max(values, default=0)
-            return top if top < 2**63 else None  # orjson has no int below -(2**63)
-    return None
-
-
-def first_bad_value(data: Any) -> Any:
+def first_bad_value(data: Any, info: ValidationInfo) -> Any:
     """Reduce `data` with bad values to the first of them: one error, not a million."""
-    if isinstance(data, dict) and largest(data) is None:
-        items = data.items()
-        return dict([next(i for i in items if type(i[1]) is not int or i[1] >= 2**63)])
+    if "name" not in info.data:
+        return {}  # `name` is wrong, so there is no use in checking and copying `data`
+    if isinstance(data, dict):
+        for key, value in data.items():
+            if type(value) is not int or value >= 2**63:
+                return {key: value}
     return data
 
 
+# orjson makes an integer below -(2**63) a float, so that needs no check.
 Int64 = Annotated[int, Field(strict=True, lt=2**63)]
 
 
@@ -161,16 +155,20 @@ app.router.route_class = JSONRoute
 app.add_middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY_BYTES)
 
 
-@app.exception_handler(RequestValidationError)
-async def unprocessable(request: Request, exc: RequestValidationError) -> JSONResponse:
+def refusal(errors: Sequence[Any]) -> JSONResponse:
     """FastAPI's error body, bounded, and with nothing of the input but a key's start."""
-    exc.__traceback__ = None  # its frames hold the body until the collector finds them
     detail = []
-    for error in exc.errors()[:10]:
+    for error in errors[:10]:
         loc = [part[:100] if isinstance(part, str) else part for part in error["loc"]]
         why = f": {error['ctx']['error']}" if error["type"] == "json_invalid" else ""
         detail.append({"type": error["type"], "loc": loc, "msg": error["msg"] + why})
     return JSONResponse({"detail": detail}, 422)
+
+
+@app.exception_handler(RequestValidationError)
+async def unprocessable(request: Request, exc: RequestValidationError) -> JSONResponse:
+    exc.__traceback__ = None  # its frames hold the body until the collector finds them
+    return refusal(exc.errors())
 
 
 @app.post("/ping")
@@ -195,16 +193,21 @@ def digest(chunks: list[bytes], kept: list[Any]) -> Digest:
         error = {"type": "json_invalid", "loc": ["body", exc.pos]}
         return [error | {"msg": "JSON decode error", "ctx": {"error": exc.msg}}], {}
     parsed = time.perf_counter()
-    data: Any = document.get("data") if isinstance(document, dict) else None
-    if (maxval := largest(data)) is not None:
-        document["data"] = {}  # found good: pydantic would only copy it
-    kept += [document, data]
+    kept.append(document)
+    count = maxval = 0
+    if isinstance(document, dict) and isinstance(data := document.get("data"), dict):
+        values = data.values()  # countOf and max look at them at C speed
+        integers = countOf(map(type, values), int) == len(data)
+        if integers and (top := max(values, default=0)) < 2**63:
+            count, maxval = len(data), top
+            kept.append(data)
+            document["data"] = {}  # found good: pydantic would only copy it
     try:
         name = Payload.model_validate(document, from_attributes=True).name
     except ValidationError as exc:
         errors = exc.errors(include_url=False, include_input=False)
         return [{**error, "loc": ["body", *error["loc"]]} for error in errors], {}
-    answer = {"name": name, "count": len(data), "maxval": maxval}
+    answer = {"name": name, "count": count, "maxval": maxval}
     validate_s = time.perf_counter() - parsed
     return answer, {"parse": parsed - begun, "validate": validate_s}
 
@@ -263,7 +266,10 @@ async def pong(request: Request, offload: bool = False) -> JSONResponse:
         state.held_bytes -= size_bytes * offload
         chunks.clear()
     if isinstance(result, list):
-        raise RequestValidationError(result)
-    stages_s = {"read": read_s, **stages_s, "total": time.perf_counter() - begun}
-    headers = {"Server-Timing": server_timing(stages_s)}
-    return JSONResponse(result, headers=headers, background=BackgroundTask(kept.clear))
+        response = refusal(result)
+    else:
+        stages_s = {"read": read_s, **stages_s, "total": time.perf_counter() - begun}
+        timing = {"Server-Timing": server_timing(stages_s)}
+        response = JSONResponse(result, headers=timing)
+    response.background = BackgroundTask(kept.clear)
+    return response
