@@ -22,7 +22,6 @@ requests succeeded, 1 some failed, 2 wrong usage or no server, 130 interrupted (
 measured so far is printed).
 """
 
-import argparse
 import asyncio
 import contextlib
 import gc
@@ -44,6 +43,8 @@ import sys
 import tempfile
 import textwrap
 import time
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import RawDescriptionHelpFormatter as HelpFormatter
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -57,15 +58,10 @@ from tqdm import tqdm
 
 KINDS = ("idle", "small", "large")
 COLUMNS = ("Min", "Median", "Mean", "p90", "p95", "p99", "Max")
-PACKAGES = (
-    "fastapi starlette uvicorn gunicorn uvicorn-worker httpx pydantic orjson numpy"
-)
 CHUNK_BYTES = 256 * 1024
 WARM_UP_REQUESTS = 10
-MAX_REQUESTS, MAX_BODY_MB = 10_000_000, 4000
-LATE_MS = 5.0
+MAX_REQUESTS, MAX_SIZE_MB = 10_000_000, 4000
 CONNECT_S, START_S, STOP_S = 5, 30, 10  # a running server; a started one; stopping it
-STAGE = re.compile(r"([\w-]+)[^,]*?;dur=(\d+(?:\.\d+)?)")  # in a Server-Timing header
 
 
 class Failure(Exception):
@@ -161,7 +157,7 @@ class Run:
 
     server: str
     endpoint: str
-    options: argparse.Namespace
+    options: Namespace
     small: Body
     large: Body
     client: httpx.AsyncClient
@@ -201,8 +197,9 @@ class Run:
                 response = task.result()
                 error = classify(response.status_code, response.content, body.expected)
                 if kind == "large":
-                    timing = STAGE.findall(response.headers.get("Server-Timing", ""))
-                    stages_ms = {stage: float(ms) for stage, ms in timing}
+                    timing = response.headers.get("Server-Timing", "")
+                    found = re.findall(r"([\w-]+)[^,]*?;dur=(\d+(?:\.\d+)?)", timing)
+                    stages_ms = {stage: float(ms) for stage, ms in found}
         finally:
             task.cancel()
             self.in_flight -= 1
@@ -288,8 +285,7 @@ class Run:
 # The server, where it is started here.
 
 
-@dataclass
-class Process:
+class Process(NamedTuple):
     popen: subprocess.Popen[bytes]
     output: IO[bytes]
 
@@ -320,10 +316,8 @@ def started(command: Sequence[str], cwd: Path | None) -> Iterator[Process]:
         except OSError as exc:
             raise Failure(f"cannot start {command[0]}: {exc.strerror}") from None
         # Its input ends when this process does, even by SIGKILL: then it kills the group.
-        watch = f"cat; kill -KILL -{popen.pid} 2>/dev/null"
-        guard = subprocess.Popen(
-            ["sh", "-c", watch], stdin=subprocess.PIPE, start_new_session=True
-        )
+        watch = ["sh", "-c", f"cat; kill -KILL -{popen.pid} 2>/dev/null"]
+        guard = subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)
         try:
             yield Process(popen, output)
         finally:
@@ -337,34 +331,30 @@ def started(command: Sequence[str], cwd: Path | None) -> Iterator[Process]:
             guard.communicate()
 
 
-def listening(url: httpx.URL) -> bool:
+@contextlib.contextmanager
+def server_at(base_url: str, serve: str | None) -> Iterator[tuple[str, Process | None]]:
+    """The name of the server to measure, and its process if it is started here."""
+    url, name, cwd = httpx.URL(base_url), "uvicorn server:app", None
     port = url.port or {"http": 80, "https": 443}[url.scheme]
     try:
         socket.create_connection((url.host, port), CONNECT_S).close()
     except OSError:
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def server_at(base_url: str, serve: str | None) -> Iterator[tuple[str, Process | None]]:
-    """The name of the server to measure, and its process if it is started here."""
-    url = httpx.URL(base_url)
-    if listening(url):
+        say(f"nothing listens at {base_url}")
+    else:
         if serve:
             raise Failure(f"{base_url} is taken: stop that server or change --base-url")
         say(f"measuring the server at {base_url}")
         yield base_url, None
         return
     if serve:
-        name, command, cwd = serve, shlex.split(serve), None
+        name, command = serve, shlex.split(serve)
     elif url.scheme == "http" and url.host in ("127.0.0.1", "localhost", "::1"):
-        name, cwd = "uvicorn server:app", Path(__file__).resolve().parent
-        where = ["--host", url.host, "--port", str(url.port or 80), "--no-access-log"]
+        cwd = Path(__file__).resolve().parent
+        where = ["--host", url.host, "--port", str(port), "--no-access-log"]
         command = [sys.executable, "-m", *name.split(), *where]
     else:
         raise Failure(f"no server at {base_url}: start it first")
-    say(f"nothing listens at {base_url}, starting: {shlex.join(command)}")
+    say(f"starting: {shlex.join(command)}")
     with started(command, cwd) as process:
         yield name, process
         if process.ended():
@@ -452,31 +442,23 @@ def report(run: Run) -> None:
             late_ms = [1000 * (sample.sent_s - sample.due_s) for sample in samples]
             p99_ms = float(np.percentile(late_ms, 99))
             say(f"{run.endpoint}, {kind}: lateness of sending, p99 {p99_ms:.1f} ms")
-            if kind == "idle" and p99_ms > LATE_MS:
+            if kind == "idle" and p99_ms > 5:
                 say("WARNING: this client is itself the bottleneck: figures too high")
 
 
-def to_json(options: argparse.Namespace, runs: Iterable[Run]) -> dict[str, Any]:
+def to_json(options: Namespace, runs: Iterable[Run]) -> dict[str, Any]:
     """Everything about the runs; README.md describes the schema."""
     cpu = platform.processor()
-    with contextlib.suppress(OSError):  # only Linux tells the model, and only here
-        found = re.search("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        cpu = found[1] if found else cpu
-    installed = {d.name: d.version for d in importlib.metadata.distributions()}
+    with contextlib.suppress(OSError, IndexError):  # only Linux tells the model so
+        cpu = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0]
+    host = {"cores": os.cpu_count(), "cpu": cpu, "os": platform.platform()}
     return {
         "schema": 1,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": shlex.join(["python", *sys.argv]).encode(errors="replace").decode(),
-        "parameters": {
-            k: v for k, v in vars(options).items() if not isinstance(v, Path)
-        },
-        "versions": {name: installed.get(name) for name in PACKAGES.split()},
-        "machine": {
-            "cores": os.cpu_count(),
-            "cpu": cpu,
-            "os": platform.platform(),
-            "python": platform.python_version(),
-        },
+        "parameters": vars(options),
+        "versions": {d.name: d.version for d in importlib.metadata.distributions()},
+        "machine": host | {"python": platform.python_version()},
         "columns": Sample._fields,
         "runs": [
             {
@@ -495,7 +477,7 @@ def plot(runs: Sequence[Run], file: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    marks = {"idle": "gray", "small": "tab:blue", "error": "tab:red"}
+    colors = {"idle": "gray", "small": "tab:blue", "error": "tab:red"}
     columns = len({run.endpoint for run in runs})
     rows = math.ceil(len(runs) / columns)
     figure = Figure(figsize=(11, 1.2 + 2.2 * rows), layout="constrained")
@@ -505,126 +487,124 @@ def plot(runs: Sequence[Run], file: Path) -> None:
         axis.set_title(title, fontsize=9)
         axis.set_yscale("log")
         axis.grid(alpha=0.3)
+        points: dict[str, list[tuple[float, float]]] = {key: [] for key in colors}
         for s in run.samples:
             if s.kind == "large":
                 axis.axvspan(s.sent_s, s.done_s, color="orange", alpha=0.3, lw=0)
-        for label, color in marks.items():
-            mark = "x" if label == "error" else "."
-            chosen = [
-                s for s in run.samples if (s.error and "error" or s.kind) == label
-            ]
-            due_s = [s.due_s for s in chosen]
-            latency_ms = [s.latency_ms for s in chosen]
-            axis.plot(due_s, latency_ms, mark, ms=3, color=color, label=label)
+            key = "error" if s.error else s.kind
+            points.get(key, []).append((s.due_s, s.latency_ms))
+        for key, color in colors.items():
+            axis.plot(*np.reshape(points[key], (-1, 2)).T, ".", ms=3, color=color)
     figure.supxlabel("time when due, s")
     figure.supylabel("latency, ms")
-    span = Patch(color="orange", alpha=0.3, label="large in the air")
-    handles = [*axes[0, 0].lines, span]
+    handles = [Patch(color=color, label=key) for key, color in colors.items()]
+    handles += [Patch(color="orange", alpha=0.3, label="large in the air")]
     figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(file, dpi=110)
 
 
-# The command line.
+# The command line: what is wrong is better found before a long run than after it.
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
+def positive(text: str) -> float:
+    if not 0 < (value := float(text)) < math.inf:
+        raise ArgumentTypeError(f"must be a positive number, not {text}")
+    return value
+
+
+def positive_or_0(text: str) -> float:
+    return positive(text) if float(text) else 0.0
+
+
+def path(text: str) -> str:
+    if not text.startswith("/"):
+        raise ArgumentTypeError(f"must start with /, not {text!r}")
+    return text
+
+
 def command(text: str) -> str:
-    if shlex.split(text):  # ValueError where a quotation is open
-        return text
-    raise ValueError
+    if not shlex.split(text):  # ValueError where a quotation is open
+        raise ValueError
+    return text
 
 
-def parse() -> argparse.Namespace:
+def base_url(text: str) -> str:
+    with contextlib.suppress(httpx.InvalidURL, UnicodeError):
+        url = httpx.URL(text)
+        known = url.scheme in ("http", "https") and url.port in (None, *range(1, 65536))
+        if known and url.host and not url.query and not url.fragment:
+            return text.rstrip("/")
+    raise ArgumentTypeError(f"must be like http://127.0.0.1:8000, not {text!r}")
+
+
+def output(text: str) -> Path:
+    file = Path(text)
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise ArgumentTypeError(f"cannot write to {text}")
+    return file
+
+
+def picture(text: str) -> Path:
+    if Path(text).suffix not in (".png", ".svg"):
+        raise ArgumentTypeError(f"must end with .png or .svg, not {text!r}")
+    if not importlib.util.find_spec("matplotlib"):
+        raise ArgumentTypeError("needs matplotlib: pip install matplotlib")
+    return output(text)
+
+
+def parse() -> Namespace:
     parser = Parser(
         prog="client.py",
         description=__doc__,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
-            prog, width=88
-        ),
+        formatter_class=lambda prog: HelpFormatter(prog, width=88),
         allow_abbrev=False,
     )
     add = parser.add_argument
     text = "paths to measure, one after the other (default: /ping /pong)"
-    paths = ["/ping", "/pong"]
-    add("--endpoint", nargs="+", default=paths, metavar="PATH", help=text)
+    pair = ["/ping", "/pong"]
+    add("--endpoint", nargs="+", type=path, default=pair, metavar="PATH", help=text)
     text = "where the server is (default: %(default)s)"
     local = "http://127.0.0.1:8000"
-    add("--base-url", default=local, metavar="URL", help=text)
+    add("--base-url", type=base_url, default=local, metavar="URL", help=text)
     text = "start this server (in the foreground), measure, stop it; may be repeated"
     add("--serve", action="append", type=command, metavar="COMMAND", help=text)
-    numbers = [
-        ("--duration", 30, "S", "seconds of mixed load for each endpoint"),
-        ("--small-kb", 1, "KB", "size of a small body, in units of 1000 bytes"),
-        ("--large-mb", 25, "MB", "size of a large body, in units of 1000 kB"),
-        ("--rate", 50, "HZ", "small requests per second"),
-        ("--pause", 2, "S", "seconds from the end of a large request to the next"),
-        ("--idle", 3, "S", "seconds of small requests alone, first"),
-        ("--timeout", 60, "S", "seconds until a request counts as an error"),
-    ]
-    for flag, default, unit, text in numbers:
+    for flag, kind, default, unit, text in (
+        ("--duration", positive, 30, "S", "seconds of mixed load for each endpoint"),
+        ("--small-kb", positive, 1, "KB", "size of a small body, in 1000 bytes"),
+        ("--large-mb", positive, 25, "MB", "size of a large body, in 1000 kB"),
+        ("--rate", positive, 50, "HZ", "small requests per second"),
+        ("--pause", positive_or_0, 2, "S", "seconds between two large requests"),
+        ("--idle", positive_or_0, 3, "S", "seconds of small requests alone, first"),
+        ("--timeout", positive, 60, "S", "seconds until a request is an error"),
+    ):
         text += f" (default: {default})"
-        add(flag, type=float, default=float(default), metavar=unit, help=text)
-    text = (
-        "next small request only after the last one's answer and 1/rate: hides stalls"
-    )
+        add(flag, type=kind, default=float(default), metavar=unit, help=text)
+    text = "send a small request only after the last one's answer: hides stalls"
     add("--closed-loop", action="store_true", help=text)
-    text = (
-        "client: one httpx client, a new connection per request; connection: keep-alive; "
-        "none: a new httpx client on every call (default: client)"
-    )
+    text = "client: one httpx client, a new connection per request; connection: "
+    text += "keep-alive; none: a new httpx client on every call (default: client)"
     ways = ["client", "connection", "none"]
     add("--reuse", choices=ways, default="client", help=text)
     text = "write every sample, the parameters, versions and machine"
-    add("--json", type=Path, metavar="FILE", help=text)
+    add("--json", type=output, metavar="FILE", help=text)
     text = "draw latency over time, .png or .svg (needs matplotlib)"
-    add("--plot", type=Path, metavar="FILE", help=text)
+    add("--plot", type=picture, metavar="FILE", help=text)
     options = parser.parse_args()
-    if wrong := complaint(options):
-        parser.error(wrong)
-    options.base_url = options.base_url.rstrip("/")
+    requests = options.rate * (options.idle + options.duration)
+    size_mb = max(options.small_kb / 1000, options.large_mb)
+    if requests > MAX_REQUESTS or size_mb > MAX_SIZE_MB:
+        limits = f"{MAX_REQUESTS} requests, {MAX_SIZE_MB} MB"
+        parser.error(f"{requests:g} requests of {size_mb:g} MB: at most {limits}")
     return options
 
 
-def complaint(options: argparse.Namespace) -> str | None:
-    """What is wrong with the options: better found before a long run than after it."""
-    for name, value in vars(options).items():
-        least = 0 if name in ("pause", "idle") else math.ulp(0)
-        if isinstance(value, float) and not least <= value < math.inf:
-            return f"--{name.replace('_', '-')} must be a positive number, not {value}"
-    if options.rate * (options.idle + options.duration) > MAX_REQUESTS:
-        return f"--rate times --duration must not pass {MAX_REQUESTS} requests"
-    if max(options.small_kb / 1000, options.large_mb) > MAX_BODY_MB:
-        return f"--large-mb and --small-kb must not pass {MAX_BODY_MB} MB"
-    for path in options.endpoint:
-        if not path.startswith("/"):
-            return f"--endpoint must start with /, not {path!r}"
-    try:
-        url = httpx.URL(options.base_url)
-    except (httpx.InvalidURL, UnicodeError):
-        url = httpx.URL()
-    known = url.scheme in ("http", "https") and url.port in (None, *range(1, 65536))
-    if not (known and url.host) or url.query or url.fragment:
-        return (
-            f"--base-url must be like http://127.0.0.1:8000, not {options.base_url!r}"
-        )
-    for file in filter(None, [options.json, options.plot]):
-        if file.is_dir() or not os.access(
-            file if file.exists() else file.parent, os.W_OK
-        ):
-            return f"cannot write to {file}"
-    if options.plot and options.plot.suffix not in (".png", ".svg"):
-        return f"--plot must end with .png or .svg, not {options.plot.name!r}"
-    if options.plot and not importlib.util.find_spec("matplotlib"):
-        return "--plot needs matplotlib: pip install matplotlib"
-    return None
-
-
 async def measure_all(
-    options: argparse.Namespace, small: Body, large: Body, runs: list[Run]
+    options: Namespace, small: Body, large: Body, runs: list[Run]
 ) -> None:
     """Fill `runs`, and report on each as soon as it is over or interrupted."""
     task = asyncio.current_task()
@@ -681,7 +661,7 @@ def main() -> int:
         print("Latency in ms, smaller is better:\n")
         print(format_table(runs), end="", flush=True)
         if options.json:
-            options.json.write_bytes(orjson.dumps(to_json(options, runs)) + b"\n")
+            options.json.write_bytes(orjson.dumps(to_json(options, runs), default=str))
         if options.plot:
             plot(runs, options.plot)
     return status or int(any(sample.error for run in runs for sample in run.samples))

@@ -267,16 +267,16 @@ def test_no_http(fault: str) -> None:
     assert server.url in run.stderr and "Traceback" not in run.stderr
 
 
-@pytest.mark.parametrize("command", [STUB, f"{GUNICORN} 127.0.0.1:{{}} -w 2"])
+@pytest.mark.parametrize("command", [STUB, f"{GUNICORN} 127.0.0.1:{{}}"])
 def test_killed_server(tmp_path: Path, command: str) -> None:
-    """SIGKILL of the server, or of workers that are replaced, costs errors but loses no request."""
+    """SIGKILL of the server, or of a worker that is replaced, costs errors but loses no request."""
     port, path = free_port(), "/killed/stall"
     command = command if "{}" in command else f"{command} {{}}"
     with serve(command.format(port), port) as server:
 
         def kill() -> None:
             wait_until(lambda: seen_by(server.url, path)["large"] > WARM_UP["large"])
-            for _ in range(3):  # once, all workers might just have nothing to do
+            for _ in range(3):  # once, the worker might just have nothing to do
                 time.sleep(STALL_S * 1.5)
                 for pid in child_pids(server.process.pid) or [server.process.pid]:
                     os.kill(pid, signal.SIGKILL)
