@@ -11,6 +11,22 @@ class Stock(BaseModel):
     data: dict[str, int]
 
 
+class Answer(BaseModel):
+    name: str
+    count: int
+    maxval: int
+
+
+def answer(payload: Stock) -> Answer:
+    maxval = max(payload.data.values(), default=0)
+    return Answer(name=payload.name, count=len(payload.data), maxval=maxval)
+
+
 @app.post("/stock")
-async def stock(payload: Stock) -> dict[str, int]:
-    return {"count": len(payload.data)}
+async def stock(payload: Stock) -> Answer:
+    return answer(payload)
+
+
+@app.post("/stock_def")
+def stock_def(payload: Stock) -> Answer:
+    return answer(payload)

@@ -67,7 +67,8 @@ def from_autocannon(output: str) -> Row:
 
 
 def from_locust(output: str) -> Row:
-    row = list(csv.DictReader(output.splitlines()))[-1]
+    rows = {row["Name"]: row for row in csv.DictReader(output.splitlines())}
+    row = rows.get("small", rows["Aggregated"])
     return [float(row[name]) for name in ("90%", "95%", "99%", "100%")]
 
 
@@ -79,12 +80,17 @@ def main(folder: Path) -> None:
         locustfile = Path(temporary) / "locustfile.py"
         locustfile.write_text(LOCUSTFILE)
         stats = f"{temporary}/stats"
-        locust = f"locust -f {locustfile} --headless -u 50 -r 50 -t 20s -H {url} --csv {stats}"
-        quick = "--endpoint / --duration 20 --idle 0 --pause 100 --large-mb 0.01"
+        locust = f"locust --headless -t 20s -H {url} --csv {stats}"
+        open_loop = "distributed/locustfile.py -u 2 -r 2 --endpoint /"
+        never = "--large-mb 0.01 --pause 100"
+        quick = f"--endpoint / --duration 20 --idle 0 {never}"
         tools: dict[str, tuple[str, Callable[[str], Row]]] = {
             "hey, 1 connection at 50/s": (f"hey -c 1 -q 50 -z 20s {url}", from_hey),
             "hey, 50 connections at 1/s": (f"hey -c 50 -q 1 -z 20s {url}", from_hey),
-            "Locust, 50 users, `constant_throughput(1)`": (locust, from_locust),
+            "Locust, 50 users, `constant_throughput(1)`": (
+                f"{locust} -f {locustfile} -u 50 -r 50",
+                from_locust,
+            ),
             "autocannon, 1 connection at 50/s": (
                 f"autocannon -j -c 1 -R 50 -d 20 {url}",
                 from_autocannon,
@@ -96,6 +102,10 @@ def main(folder: Path) -> None:
             "wrk, unpaced, 1 connection": (
                 f"wrk -t 1 -c 1 -d 20s --latency {url}",
                 from_wrk,
+            ),
+            "Locust, `distributed/locustfile.py`": (
+                f"{locust} -f {open_loop} {never}",
+                from_locust,
             ),
             "`client.py`": (
                 f"{sys.executable} client.py --base-url {url} {quick}",
