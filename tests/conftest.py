@@ -1,5 +1,6 @@
 """Make the two scripts importable, and serve one stub to all tests that want no other."""
 
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -7,6 +8,7 @@ import pytest
 from harness import ROOT, Server, free_port, serve
 
 sys.path.insert(0, str(ROOT))
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, for children as well
 
 
 @pytest.fixture(scope="session")
