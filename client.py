@@ -483,8 +483,9 @@ def plot(runs: Sequence[Run], file: Path) -> None:
     figure = Figure(figsize=(11, 1.2 + 2.2 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axis, run in zip(axes.flat, runs):
-        title = textwrap.fill(f"{run.server}, {run.endpoint}", 140 // columns)
-        axis.set_title(title, fontsize=9)
+        title, width = f"{run.server}, {run.endpoint}", 140 // columns
+        lines = textwrap.wrap(title, width, break_on_hyphens=False)
+        axis.set_title("\n".join(lines), fontsize=9)
         axis.set_yscale("log")
         axis.grid(alpha=0.3)
         points: dict[str, list[tuple[float, float]]] = {key: [] for key in colors}

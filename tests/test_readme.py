@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -43,10 +44,44 @@ def test_statistics_follow_from_samples(file: Any) -> None:
             assert run["statistics"][kind] == expected
 
 
+def statistics_of(name: str) -> list[dict[str, dict[str, float]]]:
+    """The statistics of each run in a raw file."""
+    runs = json.loads((RESULTS / f"{name}.json").read_text())["runs"]
+    return [run["statistics"] for run in runs]
+
+
+def size_rows() -> list[str]:
+    """The cost of large requests in ms per MB: a row per size, a column per endpoint."""
+    rows = []
+    for size_mb in (1, 5, 25, 100):
+        costs_ms = [
+            s["large"]["median"] / size_mb for s in statistics_of(f"size_{size_mb}")
+        ]
+        rows.append(
+            f"| {size_mb} | " + " | ".join(f"{ms:.1f}" for ms in costs_ms) + " |"
+        )
+    return rows
+
+
+def result_rows() -> list[str]:
+    """Each server and endpoint, with the figures of the run and of its repetition."""
+    runs = json.loads((RESULTS / "servers.json").read_text())["runs"]
+    rows = []
+    for run, second in zip(runs, statistics_of("servers_again"), strict=True):
+        row = run["statistics"]
+        cells = [run["server"], run["endpoint"], row["idle"]["p95"]]
+        cells += [row["small"][name] for name in SMALL_COLUMNS] + [
+            row["large"]["median"]
+        ]
+        cells += [second["small"]["p95"], second["large"]["median"]]
+        rows.append("| " + " | ".join(map(str, cells)) + " |")
+    return rows
+
+
 def raw_figures() -> set[str]:
     """All statistics and all medians of server stages of all raw files, as printed."""
-    figures = set(re.findall(r"\d+\.\d", (RESULTS / "truth.md").read_text()))
-    figures |= set(re.findall(r"\d+\.\d", (RESULTS / "invalid.txt").read_text()))
+    texts = [(RESULTS / name).read_text() for name in ("truth.md", "invalid.txt")]
+    figures = set(re.findall(r"\d+\.\d", "".join([*texts, *size_rows()])))
     for file in RAW:
         for run in json.loads(file.read_text())["runs"]:
             for row in run["statistics"].values():
@@ -67,17 +102,20 @@ def test_every_figure_was_measured() -> None:
     assert set(shown) <= raw_figures(), set(shown) - raw_figures()
 
 
-def test_result_rows() -> None:
-    """Each row of the results table has the figures of one recorded run."""
-    recorded = set()
-    for file in RAW:
-        for run in json.loads(file.read_text())["runs"]:
-            row = run["statistics"]
-            values = [row["idle"]["p95"], *[row["small"][k] for k in SMALL_COLUMNS]]
-            cells = [run["server"], run["endpoint"], *values, row["large"]["median"]]
-            recorded.add(tuple(map(str, cells)))
-    lines = re.findall(r"^\| ((?:uvicorn|gunicorn) .*) \|$", README, re.MULTILINE)
-    rows = [tuple(line.split(" | ")) for line in lines]
-    shown = [row for row in rows if len(row) == 4 + len(SMALL_COLUMNS)]
-    assert len(shown) >= 8
-    assert set(shown) <= recorded
+@pytest.mark.parametrize("rows", [size_rows, result_rows])
+def test_tables_follow_from_raw_files(rows: Callable[[], list[str]]) -> None:
+    """The tables have the figures of the recorded runs, all of them and in their places."""
+    assert "\n".join(rows()) in README
+
+
+@pytest.mark.parametrize("name", ["truth.md", "invalid.txt"])
+def test_tables_are_verbatim(name: str) -> None:
+    """The tables of other programs' output are what these printed."""
+    assert (RESULTS / name).read_text() in README
+
+
+def test_commands() -> None:
+    """The command that made the table of results stands above it."""
+    raw = json.loads((RESULTS / "servers.json").read_text())
+    assert raw["command"] in README
+    assert raw["parameters"]["duration"] >= 60
