@@ -209,7 +209,7 @@ def test_refuses_wrong_usage(arguments: str) -> None:
         ("--large-mb 0.000001", "large"),
         ("--serve no-such-command", "no-such-command"),
         ("--serve \"sh -c 'echo cannot begin; exit 3'\"", "cannot begin"),
-        ("--base-url http://127.0.0.2:{port}", "127.0.0.2"),
+        ("--base-url http://no-such-host.invalid:{port}", "no-such-host.invalid"),
         ("--base-url {stub} --serve 'sleep 60'", "{stub}"),
     ],
 )
