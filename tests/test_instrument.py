@@ -200,7 +200,7 @@ def assert_nothing_lost(measured: Measured, sent: dict[str, int]) -> None:
         assert row["count"] + row["errors"] == len(samples)
         assert len(samples) == sent.get(kind, len(samples)) > 0
         for error, count in errors.items():
-            shown = rf"\b{kind}\b.*\b{count} x {error}$"
+            shown = rf"\b{kind}\b.*\b{count} x {error}\b"
             assert re.search(shown, measured.stderr, re.MULTILINE)
 
 
