@@ -205,8 +205,8 @@ def test_refuses_wrong_usage(arguments: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
-        ("--small-kb 0.001", "small"),
-        ("--large-mb 0.000001", "large"),
+        ("--small-kb 0.001", "bytes"),
+        ("--large-mb 0.000001", "bytes"),
         ("--serve no-such-command", "no-such-command"),
         ("--serve \"sh -c 'echo cannot begin; exit 3'\"", "cannot begin"),
         ("--base-url http://no-such-host.invalid:{port}", "no-such-host.invalid"),
