@@ -210,15 +210,15 @@ def test_refuses_wrong_usage(arguments: str) -> None:
         ("--serve no-such-command", "no-such-command"),
         ("--serve \"sh -c 'echo cannot begin; exit 3'\"", "cannot begin"),
         ("--base-url http://no-such-host.invalid:{port}", "no-such-host.invalid"),
-        ("--base-url {stub} --serve 'sleep 60'", "{stub}"),
+        ("--base-url {stub.url} --serve 'sleep 60'", "{stub.port}"),
     ],
 )
 def test_cannot_measure(stub: Server, arguments: str, hint: str) -> None:
     """A body that is too small, no server, one that ends, or a taken port: why, and status 2."""
     port = free_port()
-    done = run(local(port), arguments.format(port=port, stub=stub.url))
+    done = run(local(port), arguments.format(port=port, stub=stub))
     assert (done.status, done.stdout) == (2, "")
-    assert hint.format(stub=stub.url) in done.stderr
+    assert hint.format(stub=stub) in done.stderr
     assert "Traceback" not in done.stderr
 
 
