@@ -25,6 +25,7 @@ from client import Body, classify, make_body
 cached_body = cache(make_body)
 
 
+# Locust does not annotate the decorator.
 @events.init_command_line_parser.add_listener  # type: ignore[untyped-decorator]
 def add_arguments(parser: Any) -> None:
     add = parser.add_argument
