@@ -135,7 +135,9 @@ class Sample(NamedTuple):
 
 
 class NewConnections(httpx.AsyncBaseTransport):
-    """A connection per request: one pool would look through all that wait, at each one."""
+    """A new connection per request, each in its own pool: a shared one looks, at every
+    request, through all connections, which takes seconds once a thousand wait.
+    """
 
     def __init__(self) -> None:
         self.tls = httpx.create_ssl_context(trust_env=False)
