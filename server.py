@@ -25,7 +25,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import asynccontextmanager
@@ -33,7 +33,7 @@ from operator import countOf
 from typing import Annotated, Any
 
 import orjson
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import BackgroundTasks, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
@@ -61,7 +61,7 @@ def first_bad_value(data: Any, info: ValidationInfo) -> Any:
     if isinstance(data, dict):
         for key, value in data.items():
             if type(value) is not int or value >= 2**63:
-                return {key: value}
+                return {key[:100]: value}  # all that an error tells of the input
     return data
 
 
@@ -82,12 +82,16 @@ class Answer(BaseModel):
 
 def loads(body: bytes) -> Any:
     """`orjson.loads`, but not of a body that is mostly brackets: a byte each, 60 in memory."""
-    last = max(body.rfind(b"["), body.rfind(b"{"))  # count takes ten times as long
-    if last >= MAX_BRACKETS and body.count(b"[") + body.count(b"{") > MAX_BRACKETS:
-        raise json.JSONDecodeError(f"More than {MAX_BRACKETS} brackets", "", 0)
     gc.disable()  # JSON has no cycles, but many objects, walked again and again
     try:
+        last = max(body.rfind(b"["), body.rfind(b"{"))  # count takes ten times as long
+        if last >= MAX_BRACKETS and body.count(b"[") + body.count(b"{") > MAX_BRACKETS:
+            raise json.JSONDecodeError(f"More than {MAX_BRACKETS} brackets", "", 0)
         return orjson.loads(body)
+    except json.JSONDecodeError as exc:
+        loc, msg = ["body", exc.pos], f"JSON decode error: {exc.msg}"
+        error = {"type": "json_invalid", "loc": loc, "msg": msg}
+        raise HTTPException(422, [error]) from None  # passes FastAPI as it is
     finally:
         gc.enable()
 
@@ -101,24 +105,15 @@ class JSONRequest(Request):
                 yield chunk
         except ClientDisconnect:
             asyncio.get_running_loop().call_later(0.1, MALLOC_TRIM, 0)
-            raise
-
-    async def body(self) -> bytes:
-        if not hasattr(self, "_body"):
-            # In a list with a name, a traceback would keep what arrived of a lost upload.
-            self._body = b"".join([chunk async for chunk in self.stream()])
-        return self._body
+            # For nobody to read. Any other exception FastAPI keeps, and so the body.
+            raise HTTPException(400) from None
 
     async def json(self) -> Any:
         return loads(await self.body())
 
 
-def server_timing(stages_s: dict[str, float]) -> str:
-    return ", ".join(f"{stage};dur={1000 * s:.1f}" for stage, s in stages_s.items())
-
-
 class JSONRoute(APIRoute):
-    """What both endpoints share: the media type, clients that hang up, the total time."""
+    """What both endpoints share: the media type and Server-Timing."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
@@ -128,12 +123,11 @@ class JSONRoute(APIRoute):
             media = request.headers.get("content-type") or "application/json"
             if not re.match(r"(?i)\s*application/([^/;]*\+)?json\s*(;|$)", media):
                 raise HTTPException(415, "Content-Type must be application/json")
-            try:
-                response = await handler(JSONRequest(request.scope, request.receive))
-            except ClientDisconnect:
-                return Response(status_code=400)  # nobody is left to read it
-            total = server_timing({"total": time.perf_counter() - begun})
-            response.headers.setdefault("Server-Timing", total)
+            response = await handler(JSONRequest(request.scope, request.receive))
+            stages_s = request.scope.get("stages_s", {})
+            stages_s["total"] = time.perf_counter() - begun
+            timing = [f"{stage};dur={1000 * s:.1f}" for stage, s in stages_s.items()]
+            response.headers["Server-Timing"] = ", ".join(timing)
             return response
 
         return handle
@@ -155,20 +149,13 @@ app.router.route_class = JSONRoute
 app.add_middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY_BYTES)
 
 
-def refusal(errors: Sequence[Any]) -> JSONResponse:
-    """FastAPI's error body, bounded, and with nothing of the input but a key's start."""
-    detail = []
-    for error in errors[:10]:
-        loc = [part[:100] if isinstance(part, str) else part for part in error["loc"]]
-        why = f": {error['ctx']['error']}" if error["type"] == "json_invalid" else ""
-        detail.append({"type": error["type"], "loc": loc, "msg": error["msg"] + why})
-    return JSONResponse({"detail": detail}, 422)
-
-
 @app.exception_handler(RequestValidationError)
 async def unprocessable(request: Request, exc: RequestValidationError) -> JSONResponse:
-    exc.__traceback__ = None  # its frames hold the body until the collector finds them
-    return refusal(exc.errors())
+    """FastAPI's error body, without the input."""
+    detail = [{key: e[key] for key in ("type", "loc", "msg")} for e in exc.errors()]
+    # The traceback's frames would hold the document until the collector finds them.
+    free = BackgroundTask(exc.with_traceback, None)
+    return JSONResponse({"detail": detail}, 422, background=free)
 
 
 @app.post("/ping")
@@ -177,44 +164,36 @@ async def ping(payload: Payload) -> Answer:
     return Answer(name=payload.name, count=len(payload.data), maxval=maxval)
 
 
-# The answer or the errors, and the seconds by stage.
-Digest = tuple[dict[str, Any] | list[Any], dict[str, float]]
+Digest = tuple[Answer, dict[str, float]]  # with the seconds by stage
 
 
-def digest(chunks: list[bytes], kept: list[Any]) -> Digest:
+def digest(chunks: list[bytes], kept: list[Any] | None = None) -> Digest:
     """All that /pong does with a body once it is read: in the event loop or in the pool.
 
-    The document goes to `kept`: freeing it takes 30 ms, for which no answer should wait.
+    Freeing the document takes 30 ms, for which no answer should wait, so it goes to `kept`.
+    Not so in the pool, where it would slow the next upload down.
     """
     begun = time.perf_counter()
-    try:
-        document = loads(b"".join(chunks))
-    except json.JSONDecodeError as exc:
-        error = {"type": "json_invalid", "loc": ["body", exc.pos]}
-        return [error | {"msg": "JSON decode error", "ctx": {"error": exc.msg}}], {}
+    document = loads(b"".join(chunks))
     parsed = time.perf_counter()
-    kept.append(document)
+    if kept is not None:
+        kept.append(document)
     count = maxval = 0
-    if isinstance(document, dict) and isinstance(data := document.get("data"), dict):
-        values = data.values()  # countOf and max look at them at C speed
-        integers = countOf(map(type, values), int) == len(data)
-        if integers and (top := max(values, default=0)) < 2**63:
-            count, maxval = len(data), top
-            kept.append(data)
-            document["data"] = {}  # found good: pydantic would only copy it
+    match document:
+        case {"name": str(name), "data": dict(data)}:
+            values = data.values()  # countOf and max look at them at C speed
+            integers = countOf(map(type, values), int) == len(data)
+            if integers and (top := max(values, default=0)) < 2**63:
+                count, maxval = len(data), top
+                document = {"name": name, "data": {}}  # pydantic would only copy it
     try:
         name = Payload.model_validate(document, from_attributes=True).name
     except ValidationError as exc:
-        errors = exc.errors(include_url=False, include_input=False)
-        return [{**error, "loc": ["body", *error["loc"]]} for error in errors], {}
-    answer = {"name": name, "count": count, "maxval": maxval}
-    validate_s = time.perf_counter() - parsed
-    return answer, {"parse": parsed - begun, "validate": validate_s}
-
-
-def digest_and_free(chunks: list[bytes]) -> Digest:
-    """In a pool process: what is freed after the answer slows the next upload down."""
-    return digest(chunks, [])
+        errors = exc.errors(include_input=False)
+        located = [{**error, "loc": ["body", *error["loc"]]} for error in errors]
+        raise RequestValidationError(located) from None
+    answer = Answer(name=name, count=count, maxval=maxval)
+    return answer, {"parse": parsed - begun, "validate": time.perf_counter() - parsed}
 
 
 def follow_server() -> None:
@@ -231,7 +210,7 @@ def follow_server() -> None:
 
 async def digest_in_pool(chunks: list[bytes]) -> Digest:
     try:
-        future = app.state.pool.submit(digest_and_free, chunks)
+        future = app.state.pool.submit(digest, chunks)
     except (AttributeError, BrokenProcessPool):  # none yet, or it has lost a process
         # Spawned: a fork would keep the listening socket open after the server is gone.
         app.state.pool = ProcessPoolExecutor(
@@ -239,7 +218,7 @@ async def digest_in_pool(chunks: list[bytes]) -> Digest:
             mp_context=multiprocessing.get_context("spawn"),
             initializer=follow_server,
         )
-        future = app.state.pool.submit(digest_and_free, chunks)
+        future = app.state.pool.submit(digest, chunks)
     try:
         return await asyncio.wrap_future(future)
     except BrokenProcessPool:
@@ -250,10 +229,13 @@ SCHEMA = {"application/json": {"schema": {"$ref": "#/components/schemas/Payload"
 DOCS = {"requestBody": {"required": True, "content": SCHEMA}}
 
 
-@app.post("/pong", response_model=Answer, openapi_extra=DOCS)
-async def pong(request: Request, offload: bool = False) -> JSONResponse:
+@app.post("/pong", openapi_extra=DOCS)
+async def pong(
+    request: Request, after: BackgroundTasks, offload: bool = False
+) -> Answer:
     begun, state, size_bytes = time.perf_counter(), app.state, 0
     kept: list[Any] = []
+    after.add_task(kept.clear)
     chunks = []  # not joined here: many small pieces are pickled far faster than one large
     try:
         async for chunk in request.stream():
@@ -264,17 +246,11 @@ async def pong(request: Request, offload: bool = False) -> JSONResponse:
                 raise HTTPException(503, "Too many large bodies", {"Retry-After": "1"})
         read_s = time.perf_counter() - begun
         if offload and size_bytes > INLINE_BYTES:
-            result, stages_s = await digest_in_pool(chunks)
+            answer, stages_s = await digest_in_pool(chunks)
         else:
-            result, stages_s = digest(chunks, kept)
+            answer, stages_s = digest(chunks, kept)
     finally:
         state.held_bytes -= size_bytes * offload
         chunks.clear()
-    if isinstance(result, list):
-        response = refusal(result)
-    else:
-        stages_s = {"read": read_s, **stages_s, "total": time.perf_counter() - begun}
-        timing = {"Server-Timing": server_timing(stages_s)}
-        response = JSONResponse(result, headers=timing)
-    response.background = BackgroundTask(kept.clear)
-    return response
+    request.scope["stages_s"] = {"read": read_s, **stages_s}
+    return answer
