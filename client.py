@@ -38,7 +38,6 @@ import shlex
 import signal
 import socket
 import string
-import subprocess
 import sys
 import tempfile
 import textwrap
@@ -49,7 +48,8 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple, NoReturn
+from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
+from typing import Any, NamedTuple, NoReturn
 
 import httpx
 import numpy as np
@@ -59,9 +59,10 @@ from tqdm import tqdm
 KINDS = ("idle", "small", "large")
 COLUMNS = ("Min", "Median", "Mean", "p90", "p95", "p99", "Max")
 CHUNK_BYTES = 256 * 1024
-WARM_UP_REQUESTS = 10
 MAX_REQUESTS, MAX_SIZE_MB = 10_000_000, 4000
 CONNECT_S, START_S, STOP_S = 5, 30, 10  # a running server; a started one; stopping it
+
+Process = Popen[bytes]
 
 
 class Failure(Exception):
@@ -85,21 +86,20 @@ def make_body(name: str, size_bytes: int) -> Body:
 
     Raises ValueError if `size_bytes` is too small even for empty `data`.
     """
-    head, tail = f'{{"name":"{name}","data":{{', "}}"
-    room = size_bytes - len(head) - len(tail)
+    data: dict[str, int] = {}
+    room = size_bytes - len(orjson.dumps({"name": name, "data": data}))
     if room < 0:
         raise ValueError(f"a {name} body takes at least {size_bytes - room} bytes")
-    rng, entries, maxval = random.Random(0), [], 0
-    for letters in itertools.product(string.ascii_lowercase, repeat=10):
+    rng = random.Random(0)
+    for key in map("".join, itertools.product(string.ascii_lowercase, repeat=10)):
         value = 1 + int(1_000_000 * rng.random())
-        entry = '"{}":{}'.format("".join(letters), value)
-        if len(entry) > room:
+        room -= len(f'"{key}":{value},')
+        if room < -1:  # the last entry has no comma
             break
-        room -= len(entry) + len(",")
-        entries.append(entry)
-        maxval = max(maxval, value)
-    content = (head + ",".join(entries) + tail).encode().ljust(size_bytes)
-    return Body(content, {"name": name, "count": len(entries), "maxval": maxval})
+        data[key] = value
+    content = orjson.dumps({"name": name, "data": data}).ljust(size_bytes)
+    maxval = max(data.values(), default=0)
+    return Body(content, {"name": name, "count": len(data), "maxval": maxval})
 
 
 async def chunks(content: bytes) -> AsyncIterator[bytes]:
@@ -150,12 +150,10 @@ class NewConnections(httpx.AsyncBaseTransport):
 
 
 def new_client(reuse: str) -> httpx.AsyncClient:
-    if reuse == "connection":
-        # Kept for 1 s: a connection that the server closes first would look like a fault.
-        limits = httpx.Limits(max_connections=None, keepalive_expiry=1.0)
-        return httpx.AsyncClient(limits=limits, timeout=None, trust_env=False)
-    transport = NewConnections()
-    return httpx.AsyncClient(transport=transport, timeout=None, trust_env=False)
+    # Kept for 1 s: a connection that the server closes first would look like a fault.
+    kept = httpx.Limits(max_connections=None, keepalive_expiry=1.0)
+    own = NewConnections() if reuse == "client" else None
+    return httpx.AsyncClient(transport=own, limits=kept, timeout=None, trust_env=False)
 
 
 def classify(status: int, content: bytes, expected: dict[str, Any]) -> str | None:
@@ -195,9 +193,7 @@ class Run:
         async with new_client("none") as client:
             return await client.post(url, content=chunks(content), headers=headers)
 
-    async def request(
-        self, kind: str, body: Body, due_s: float | None = None
-    ) -> Sample:
+    async def send(self, kind: str, body: Body, due_s: float | None = None) -> Sample:
         """Send one body, and record what came of it, also when interrupted."""
         sent_s = self.now_s()
         error: str | None = "interrupted"
@@ -215,7 +211,7 @@ class Run:
                 error = classify(response.status_code, response.content, body.expected)
                 if kind == "large":
                     timing = response.headers.get("Server-Timing", "")
-                    found = re.findall(r"([\w-]+)[^,]*?;dur=(\d+(?:\.\d+)?)", timing)
+                    found = re.findall(r"([\w-]+)[^,]*?;dur=(\d+\.?\d*)", timing)
                     stages_ms = {stage: float(ms) for stage, ms in found}
         finally:
             task.cancel()
@@ -233,7 +229,7 @@ class Run:
             for offset_s in due_offsets_s(self.options.rate, duration_s):
                 due_s = begun_s + offset_s
                 await asyncio.sleep(due_s - self.now_s())
-                tasks.append(asyncio.create_task(self.request(kind, self.small, due_s)))
+                tasks.append(asyncio.create_task(self.send(kind, self.small, due_s)))
             await asyncio.gather(*tasks)
         finally:
             for task in tasks:
@@ -243,34 +239,34 @@ class Run:
     async def send_small_closed(self, kind: str, duration_s: float) -> None:
         end_s = self.now_s() + duration_s
         while self.now_s() < end_s:
-            sample = await self.request(kind, self.small)
+            sample = await self.send(kind, self.small)
             await asyncio.sleep(sample.sent_s + 1 / self.options.rate - self.now_s())
 
     async def send_large(self, duration_s: float) -> None:
         end_s = self.now_s() + duration_s
         while self.now_s() < end_s:
-            sample = await self.request("large", self.large)
+            sample = await self.send("large", self.large)
             # Even without a pause, a server that refuses at once is not hammered.
             pause_s = max(self.options.pause, 0.1 if sample.error else 0)
             await asyncio.sleep(min(pause_s, end_s - self.now_s()))
 
-    async def warm_up(self, process: "Process | None") -> None:
+    async def warm_up(self, process: Process | None) -> None:
         """Wait for a first HTTP answer of any status; Failure if none comes."""
         give_up_s = START_S if process else CONNECT_S
         while True:
-            error = (await self.request("warm-up", self.small)).error
-            if error in (None, "wrong answer") or str(error).startswith("status"):
+            error = (await self.send("warm-up", self.small)).error
+            if not error or error.startswith(("status", "wrong")):
                 break
-            if self.now_s() > give_up_s or process and process.ended():
-                log = f"; the server's log ends:\n{process.log()}" if process else ""
+            if self.now_s() > give_up_s or process and process.poll() is not None:
                 url = self.options.base_url + self.endpoint
-                raise Failure(f"no HTTP answer from {url} ({error}){log}")
+                raise Failure(f"no HTTP answer from {url} ({error})")
             await asyncio.sleep(0.1)
-        for body in [self.small] * WARM_UP_REQUESTS + [self.large]:
-            sample = await self.request("warm-up", body)
+        for body in [self.small] * 10 + [self.large]:
+            sample = await self.send("warm-up", body)
             if sample.error:
-                name = body.expected["name"]
-                say(f"warm-up of {self.endpoint}, {name}: {sample.error}")
+                say(
+                    f"{self.endpoint}, warm-up, {body.expected['name']}: {sample.error}"
+                )
             if sample.error == "timeout":
                 break
         self.samples.clear()
@@ -286,13 +282,13 @@ class Run:
     async def show_progress(self) -> None:
         """Keep a bar on stderr up to date; none where stderr is no terminal."""
         total_s = self.options.idle + self.options.duration
-        form = "{desc} |{bar:20}|{postfix}"
+        form = "|{bar:20}| {desc}"
         with tqdm(total=total_s, bar_format=form, disable=None, leave=False) as bar:
             while True:
                 bar.n = 0 if self.phase == "warm-up" else min(self.now_s(), total_s)
-                bar.set_description_str(f"{self.server}, {self.endpoint}, {self.phase}")
                 errors = sum(sample.error is not None for sample in self.samples)
-                bar.set_postfix_str(
+                bar.set_description_str(
+                    f"{self.server}, {self.endpoint}, {self.phase}: "
                     f"{total_s - bar.n:.0f} s left, {len(self.samples)} answers, "
                     f"{self.in_flight} in flight, {errors} errors"
                 )
@@ -302,50 +298,40 @@ class Run:
 # The server, where it is started here.
 
 
-class Process(NamedTuple):
-    popen: subprocess.Popen[bytes]
-    output: IO[bytes]
-
-    def ended(self) -> bool:
-        return self.popen.poll() is not None
-
-    def log(self) -> str:
-        """The last lines that the server printed."""
-        self.output.seek(0)
-        return "\n".join(self.output.read().decode(errors="replace").splitlines()[-10:])
-
-
 @contextlib.contextmanager
 def started(command: Sequence[str], cwd: Path | None) -> Iterator[Process]:
     """A server in a process group of its own, which never outlives this process."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     with tempfile.TemporaryFile() as output:
         try:
-            popen = subprocess.Popen(
+            process = Popen(
                 command,
                 cwd=cwd,
                 env=os.environ | {"PATH": path},
-                stdin=subprocess.DEVNULL,
+                stdin=DEVNULL,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
             )
         except OSError as exc:
             raise Failure(f"cannot start {command[0]}: {exc.strerror}") from None
-        # Its input ends when this process does, even by SIGKILL: then it kills the group.
-        watch = ["sh", "-c", f"cat; kill -KILL -{popen.pid} 2>/dev/null"]
-        guard = subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)
-        try:
-            yield Process(popen, output)
-        finally:
-            popen.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                popen.wait(STOP_S)
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(popen.pid, signal.SIGKILL)
-            popen.wait()
-            guard.kill()
-            guard.communicate()
+        # Its input ends when this block does or this process, even by SIGKILL: then it
+        # kills the group, and where something was left, gives it time to free the port.
+        guard = f"read end; kill -KILL -{process.pid} 2>/dev/null && sleep 0.5"
+        with (
+            process,
+            Popen(["/bin/sh", "-c", guard], stdin=PIPE, start_new_session=True),
+        ):
+            try:
+                yield process
+            finally:
+                if process.poll() is not None or sys.exc_info()[0] is Failure:
+                    output.seek(0)
+                    log = output.read().decode(errors="replace").splitlines()[-10:]
+                    say("\n".join(["the server's log ends:", *log]))
+                process.terminate()
+                with contextlib.suppress(TimeoutExpired):
+                    process.wait(STOP_S)
 
 
 @contextlib.contextmanager
@@ -374,8 +360,6 @@ def server_at(base_url: str, serve: str | None) -> Iterator[tuple[str, Process |
     say(f"starting: {shlex.join(command)}")
     with started(command, cwd) as process:
         yield name, process
-        if process.ended():
-            say(f"the server ended by itself; its log ends:\n{process.log()}")
 
 
 # Report: pure functions of the samples, and what prints them.
@@ -389,26 +373,20 @@ def statistics(latencies_ms: Sequence[float], errors: int) -> dict[str, float]:
     """
     if not latencies_ms:
         return {"count": 0, "errors": errors}
-    median, p90, p95, p99 = np.percentile(latencies_ms, [50, 90, 95, 99])
-    mean = np.mean(latencies_ms)
-    values = [min(latencies_ms), median, mean, p90, p95, p99, max(latencies_ms)]
-    rounded = [round(float(value), 1) for value in values]
-    names = [column.lower() for column in COLUMNS]
-    return {"count": len(latencies_ms), **dict(zip(names, rounded)), "errors": errors}
+    low, median, *high = np.percentile(latencies_ms, [0, 50, 90, 95, 99, 100])
+    values = [low, median, np.mean(latencies_ms), *high]
+    row = {name.lower(): round(float(ms), 1) for name, ms in zip(COLUMNS, values)}
+    return {"count": len(latencies_ms), **row, "errors": errors}
 
 
-def summarize(samples: Iterable[Sample]) -> dict[str, dict[str, float]]:
+def summarize(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
     """`statistics` for each of the classes idle, small and large."""
-    by_kind: dict[str, list[Sample]] = {kind: [] for kind in KINDS}
-    for sample in samples:
-        by_kind[sample.kind].append(sample)
-    return {
-        kind: statistics(
-            [sample.latency_ms for sample in chosen if not sample.error],
-            sum(sample.error is not None for sample in chosen),
-        )
-        for kind, chosen in by_kind.items()
-    }
+    rows = {}
+    for kind in KINDS:
+        chosen = [sample for sample in samples if sample.kind == kind]
+        latencies_ms = [sample.latency_ms for sample in chosen if not sample.error]
+        rows[kind] = statistics(latencies_ms, len(chosen) - len(latencies_ms))
+    return rows
 
 
 def format_stages(samples: Iterable[Sample]) -> str:
@@ -417,11 +395,11 @@ def format_stages(samples: Iterable[Sample]) -> str:
     if not timed:
         return ""
     medians_ms = {
-        stage: float(np.median([sample.stages_ms.get(stage, 0) for sample in timed]))
+        stage: np.median([sample.stages_ms.get(stage, 0) for sample in timed])
         for stage in timed[0].stages_ms
     }
     total_ms = medians_ms.get("total", sum(medians_ms.values()))
-    share = total_ms / float(np.median([sample.latency_ms for sample in timed]))
+    share = total_ms / np.median([sample.latency_ms for sample in timed])
     stages = ", ".join(f"{stage} {ms:.1f}" for stage, ms in medians_ms.items())
     return f"# large in the server, median ms: {stages} ({share:.0%} of the latency)\n"
 
@@ -457,7 +435,7 @@ def report(run: Run) -> None:
             say(f"{run.endpoint}, {kind}: {count} x {error}")
         if kind != "large" and samples:
             late_ms = [1000 * (sample.sent_s - sample.due_s) for sample in samples]
-            p99_ms = float(np.percentile(late_ms, 99))
+            p99_ms = np.percentile(late_ms, 99)
             say(f"{run.endpoint}, {kind}: lateness of sending, p99 {p99_ms:.1f} ms")
             if kind == "idle" and p99_ms > 5:
                 say("WARNING: this client is itself the bottleneck: figures too high")
@@ -500,19 +478,18 @@ def plot(runs: Sequence[Run], file: Path) -> None:
     figure = Figure(figsize=(11, 1.2 + 2.2 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axis, run in zip(axes.flat, runs):
-        title, width = f"{run.server}, {run.endpoint}", 140 // columns
-        lines = textwrap.wrap(title, width, break_on_hyphens=False)
-        axis.set_title("\n".join(lines), fontsize=9)
+        title = f"{run.server}, {run.endpoint}"
+        title = textwrap.fill(title, 140 // columns, break_on_hyphens=False)
+        axis.set_title(title, fontsize=9)
         axis.set_yscale("log")
         axis.grid(alpha=0.3)
-        points: dict[str, list[tuple[float, float]]] = {key: [] for key in colors}
         for s in run.samples:
             if s.kind == "large":
                 axis.axvspan(s.sent_s, s.done_s, color="orange", alpha=0.3, lw=0)
-            key = "error" if s.error else s.kind
-            points.get(key, []).append((s.due_s, s.latency_ms))
         for key, color in colors.items():
-            axis.plot(*np.reshape(points[key], (-1, 2)).T, ".", ms=3, color=color)
+            shown = [s for s in run.samples if ("error" if s.error else s.kind) == key]
+            due_s, latency_ms = [s.due_s for s in shown], [s.latency_ms for s in shown]
+            axis.plot(due_s, latency_ms, ".", ms=3, color=color)
     figure.supxlabel("time when due, s")
     figure.supylabel("latency, ms")
     handles = [Patch(color=color, label=key) for key, color in colors.items()]
@@ -591,7 +568,7 @@ def parse() -> Namespace:
     add("--base-url", type=base_url, default=local, metavar="URL", help=text)
     text = "start this server (in the foreground), measure, stop it; may be repeated"
     add("--serve", action="append", type=command, metavar="COMMAND", help=text)
-    for flag, kind, default, unit, text in (
+    for flag, kind, n, unit, text in (
         ("--duration", positive, 30, "S", "seconds of mixed load for each endpoint"),
         ("--small-kb", positive, 1, "KB", "size of a small body, in 1000 bytes"),
         ("--large-mb", positive, 25, "MB", "size of a large body, in 1000 kB"),
@@ -600,8 +577,7 @@ def parse() -> Namespace:
         ("--idle", positive_or_0, 3, "S", "seconds of small requests alone, first"),
         ("--timeout", positive, 60, "S", "seconds until a request is an error"),
     ):
-        text += f" (default: {default})"
-        add(flag, type=kind, default=float(default), metavar=unit, help=text)
+        add(flag, type=kind, default=n, metavar=unit, help=f"{text} (default: {n})")
     text = "send a small request only after the last one's answer: hides stalls"
     add("--closed-loop", action="store_true", help=text)
     text = "client: one httpx client, a new connection per request; connection: "
@@ -616,8 +592,7 @@ def parse() -> Namespace:
     requests = options.rate * (options.idle + options.duration)
     size_mb = max(options.small_kb / 1000, options.large_mb)
     if requests > MAX_REQUESTS or size_mb > MAX_SIZE_MB:
-        limits = f"{MAX_REQUESTS} requests, {MAX_SIZE_MB} MB"
-        parser.error(f"{requests:g} requests of {size_mb:g} MB: at most {limits}")
+        parser.error(f"more than {MAX_REQUESTS} requests, or {MAX_SIZE_MB} MB")
     return options
 
 
@@ -645,6 +620,18 @@ async def measure_all(
                             report(run)
 
 
+def report_all(options: Namespace, runs: Sequence[Run]) -> None:
+    try:
+        print("Latency in ms, smaller is better:\n")
+        print(format_table(runs), end="", flush=True)
+    finally:
+        if options.json:
+            content = orjson.dumps(to_json(options, runs), default=str)
+            options.json.write_bytes(content)
+        if options.plot:
+            plot(runs, options.plot)
+
+
 def main() -> int:
     options = parse()
     loop = "closed loop" if options.closed_loop else "open loop"
@@ -656,33 +643,28 @@ def main() -> int:
     )
     # Requests pile up behind a stalled server, and each holds a file descriptor.
     with contextlib.suppress(ValueError, OSError):
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        files = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536), hard))
     runs: list[Run] = []
-    status = 0
     try:
         small = make_body("small", round(1000 * options.small_kb))
         large = make_body("large", round(1_000_000 * options.large_mb))
         gc.freeze()  # spares the collector all that is here to stay
-        asyncio.run(measure_all(options, small, large, runs))
-    except (Failure, ValueError) as exc:
-        say(str(exc))
-        status = 2
-    except (asyncio.CancelledError, KeyboardInterrupt):
-        say("interrupted")
-        status = 130
+        try:
+            asyncio.run(measure_all(options, small, large, runs))
+        finally:
+            if runs:
+                report_all(options, runs)
+        return int(any(sample.error for run in runs for sample in run.samples))
     except BrokenPipeError:  # whoever read stdout is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
-    if runs:
-        print("Latency in ms, smaller is better:\n")
-        print(format_table(runs), end="", flush=True)
-        if options.json:
-            options.json.write_bytes(orjson.dumps(to_json(options, runs), default=str))
-        if options.plot:
-            plot(runs, options.plot)
-    return status or int(any(sample.error for run in runs for sample in run.samples))
+        return 1
+    except (Failure, OSError, ValueError) as exc:
+        say(str(exc))
+        return 2
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        say("interrupted")
+        return 130
 
 
 if __name__ == "__main__":

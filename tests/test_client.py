@@ -299,6 +299,18 @@ def test_the_server_does_not_outlive_the_client(
     assert "Traceback" not in stderr
 
 
+def test_reader_of_stdout_is_gone(stub: Server, tmp_path: Path) -> None:
+    """When nobody reads stdout any more (client.py | head -1), the client ends in order."""
+    flags, pipe = "--endpoint /gone", subprocess.PIPE
+    with started(stub.url, flags, tmp_path, pipe, pipe) as process:
+        assert process.stdout and process.stderr
+        process.stdout.readline()
+        process.stdout.close()
+        stderr = process.stderr.read().decode()
+        assert process.wait(30) != 0
+    assert "Traceback" not in stderr
+
+
 def test_progress_only_in_a_terminal(stub: Server, tmp_path: Path) -> None:
     """A bar that names the endpoint is drawn on a terminal, and none anywhere else."""
     flags, nowhere = "--endpoint /progress", subprocess.DEVNULL
