@@ -325,6 +325,7 @@ def started(command: Sequence[str], cwd: Path | None) -> Iterator[Process]:
             try:
                 yield process
             finally:
+                # It ended by itself, or gave no answer.
                 if process.poll() is not None or sys.exc_info()[0] is Failure:
                     output.seek(0)
                     log = output.read().decode(errors="replace").splitlines()[-10:]
@@ -621,6 +622,7 @@ async def measure_all(
 
 
 def report_all(options: Namespace, runs: Sequence[Run]) -> None:
+    """Print the table, and write the files even where nobody reads stdout any more."""
     try:
         print("Latency in ms, smaller is better:\n")
         print(format_table(runs), end="", flush=True)
