@@ -282,6 +282,35 @@ def test_paths_agree_on_broken_json(attack: Attack, body: bytes, padded: bool) -
         assert_problem(response)
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    largest=st.tuples(st.integers(0, 29_999), st.integers(-9, 2**63 - 1)),
+    bad=st.dictionaries(
+        st.integers(0, 29_999),
+        st.sampled_from([b"1.0", b"true", b"null", b"[]", b"%d" % 2**63]),
+        max_size=3,
+    ),
+)
+def test_first_bad_of_many(
+    attack: Attack, largest: tuple[int, int], bad: dict[int, bytes]
+) -> None:
+    """Wherever they stand among many values, the first bad or else the largest is found."""
+    values = [b"-9"] * 30_000
+    values[largest[0]] = b"%d" % largest[1]
+    for index, value in bad.items():
+        values[index] = value
+    items = b",".join(b'"k%d":%s' % item for item in enumerate(values))
+    for path in PATHS:
+        response = post(attack.client, path, b'{"name":"","data":{%s}}' % items)
+        if bad:
+            assert_problem(response)
+            (error,) = response.json()["detail"]
+            assert f"k{min(bad)}" in error["loc"]
+        else:
+            answer = {"name": "", "count": len(values), "maxval": largest[1]}
+            assert_answer(response, answer)
+
+
 def test_better_than_stock(attack: Attack) -> None:
     """Stock FastAPI answers 1 MB of bad values 100 times longer and 5 times slower."""
     body = keyed(b"1.5", 1_000_000)
