@@ -170,9 +170,12 @@ app.add_middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY_BYTES)
 async def unprocessable(request: Request, exc: RequestValidationError) -> JSONResponse:
     """FastAPI's error body, without the input."""
     detail = [{key: e[key] for key in ("type", "loc", "msg")} for e in exc.errors()]
-    # The traceback's frames would hold the document until the collector finds them.
-    free = BackgroundTask(exc.with_traceback, None)
-    return JSONResponse({"detail": detail}, 422, background=free)
+
+    async def free() -> None:
+        # In both are frames that hold the document, until the collector finds them.
+        exc.__traceback__ = exc.__context__ = None
+
+    return JSONResponse({"detail": detail}, 422, background=BackgroundTask(free))
 
 
 @app.post("/ping")
