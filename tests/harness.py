@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,18 @@ def free_port() -> int:
         return port
 
 
+def is_open(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float = 30) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "waited in vain"
+        time.sleep(0.02)
+
+
 @dataclass
 class Server:
     """A started server: its base URL, its process, and all that it printed so far."""
@@ -42,15 +54,25 @@ class Server:
         return self.log_path.read_text(errors="replace")
 
 
+def processes() -> list[tuple[int, int, int]]:
+    """The pid, parent and process group of each process that is not a zombie."""
+    ps = ["ps", "-A", "-o", "pid=,ppid=,pgid=,stat="]
+    listing = subprocess.run(ps, capture_output=True, text=True, check=True).stdout
+    rows = [line.split() for line in listing.splitlines()]
+    return [
+        (int(row[0]), int(row[1]), int(row[2]))
+        for row in rows
+        if not row[3].startswith("Z")
+    ]
+
+
+def children(pid: int) -> list[int]:
+    return [child for child, parent, _ in processes() if parent == pid]
+
+
 def group_alive(group: int) -> bool:
-    """Whether any process that is not a zombie is left in a process group."""
-    listing = subprocess.run(
-        ["ps", "-A", "-o", "pgid=,stat="], capture_output=True, text=True, check=True
-    ).stdout
-    rows = (line.split() for line in listing.splitlines())
-    return any(
-        int(row[0]) == group and not row[1].startswith("Z") for row in rows if row
-    )
+    """Whether any process is left in a process group."""
+    return any(row[2] == group for row in processes())
 
 
 def stop(process: subprocess.Popen[bytes], timeout_s: float = 10) -> None:
@@ -69,55 +91,51 @@ def stop(process: subprocess.Popen[bytes], timeout_s: float = 10) -> None:
 
 
 @contextmanager
-def serve(
-    command: str, port: int, env: dict[str, str] | None = None, cwd: Path = ROOT
-) -> Iterator[Server]:
-    """Run `command`, wait until `port` answers HTTP, and stop it afterwards."""
-    with tempfile.TemporaryDirectory() as folder:
-        log_path = Path(folder) / "log"
-        with log_path.open("wb") as log:
-            process = subprocess.Popen(
-                shlex.split(command),
-                cwd=cwd,
-                env=ENV | (env or {}),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        server = Server(f"http://127.0.0.1:{port}", port, process, log_path)
-        try:
-            wait_until_ready(server)
-            yield server
-        finally:
-            stop(process)
-
-
-def wait_until_ready(server: Server, timeout_s: float = 30) -> None:
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            httpx.get(server.url + "/ready", timeout=5)
-            return
-        except httpx.TransportError:
-            if server.process.poll() is not None or time.monotonic() > deadline:
-                raise AssertionError(f"the server did not start:\n{server.log}")
-            time.sleep(0.1)
-
-
-def run_client(*arguments: str, timeout_s: float = 120, cwd: Path = ROOT) -> "Run":
-    """Run client.py to its end."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "client.py"), *arguments],
+def started(
+    command: list[str],
+    output: int,
+    errors: int,
+    env: dict[str, str] | None = None,
+    cwd: Path = ROOT,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in a group of its own, of which nothing is left afterwards."""
+    process = subprocess.Popen(
+        command,
         cwd=cwd,
-        env=ENV,
+        env=ENV | (env or {}),
         stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
+        stdout=output,
+        stderr=errors,
+        start_new_session=True,
     )
-    return Run(done.returncode, done.stdout, done.stderr)
+    try:
+        yield process
+    finally:
+        stop(process)
+
+
+@contextmanager
+def serve(
+    command: str, env: dict[str, str] | None = None, cwd: Path = ROOT, tls: str = ""
+) -> Iterator[Server]:
+    """Run `command`, with {port} a free one, wait until it answers, and stop it at last."""
+    port = free_port()
+    scheme = "https" if tls else "http"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "log"
+        words = shlex.split(command.format(port=port))
+        with (
+            path.open("wb") as log,
+            started(words, log.fileno(), log.fileno(), env, cwd) as process,
+        ):
+            server = Server(f"{scheme}://127.0.0.1:{port}", port, process, path)
+            wait_until(lambda: is_open(port) or process.poll() is not None)
+            assert process.poll() is None, f"the server did not start:\n{server.log}"
+            yield server
+
+
+def client_command(*arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / "client.py"), *arguments]
 
 
 @dataclass
@@ -127,3 +145,45 @@ class Run:
     status: int
     stdout: str
     stderr: str
+
+
+def run_client(
+    *arguments: str,
+    cwd: Path = ROOT,
+    env: dict[str, str] | None = None,
+    timeout_s: float = 60,
+) -> Run:
+    """Run client.py to its end."""
+    done = subprocess.run(
+        client_command(*arguments),
+        cwd=cwd,
+        env=ENV | (env or {}),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+    return Run(done.returncode, done.stdout, done.stderr)
+
+
+def post(
+    client: httpx.Client,
+    path: str,
+    body: bytes | Iterator[bytes],
+    content_type: str | None = "application/json",
+) -> httpx.Response:
+    headers = {"Content-Type": content_type} if content_type else {}
+    return client.post(path, content=body, headers=headers)
+
+
+@contextmanager
+def connected(
+    command: str = "uvicorn server:app --port {port}", **env: str
+) -> Iterator[tuple[Server, httpx.Client]]:
+    """A server of its own and a client of it."""
+    with (
+        serve(command, env) as server,
+        httpx.Client(base_url=server.url, timeout=120) as client,
+    ):
+        yield server, client

@@ -1,7 +1,7 @@
 """Stand-in servers whose behaviour is known exactly, for the tests of client.py.
 
     uvicorn stub:app --app-dir tests --port PORT
-    python tests/stub.py PORT cut|reset|silent|garbage
+    python tests/stub.py PORT cut|reset|silent|garbage|periodic|held
 
 The first gives the right answer to a POST to any path, except where the path ends with
 
@@ -10,17 +10,18 @@ The first gives the right answer to a POST to any path, except where the path en
     /status500  status 500        /wrong    another maxval
     /flaky      every third is 500    /notjson  no JSON
     /never      no answer, once a warm-up (11 small and 1 large) had its answers
+    /chunked    right, without a Content-Length
 
-With STALL=periodic in the environment it also blocks its event loop for the first 0.4 s
-of every 1.5 s, whoever calls. The second kind, given the right port and fault, breaks off
-every second answer, resets every second connection, accepts and never answers, or speaks
-no HTTP. Both count the POSTs by path and name, GET /counts shows it.
+The second kind, given the right port and fault, breaks off every second answer, resets every
+second connection, accepts and never answers, or speaks no HTTP; freezes for the first 0.4 s
+of every 1.5 s; or holds 1,000 small requests after a warm-up, and then answers all at once.
+GET /counts shows the POSTs by path and name, GET /left when each answer to a small request
+left, on the clock of time.perf_counter(), which all processes share.
 """
 
 import asyncio
 import functools
 import json
-import os
 import resource
 import socket
 import struct
@@ -33,17 +34,22 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 STALL_S, PERIOD_S, SLOW_S = 0.4, 1.5, 0.1
 WARM_UP = {"small": 11, "large": 1}
-NO_HTTP = b"220 mail.example ESMTP\r\n"
+HELD = 1000
 
 # By path: requests of each name, connections, and the most small ones at the same time.
 seen: defaultdict[str, Counter[str]] = defaultdict(Counter)
 peers: set[tuple[str, Any]] = set()
 in_flight: Counter[str] = Counter()
+
+
+def block(seconds: float) -> None:
+    """Freeze the event loop that calls this."""
+    time.sleep(max(0, seconds))
 
 
 @functools.lru_cache
@@ -54,26 +60,15 @@ def right_answer(body: bytes) -> dict[str, Any]:
     return {"name": document["name"], "count": len(values), "maxval": maxval}
 
 
-def block(seconds: float) -> None:
-    """Freeze the event loop that calls this."""
-    time.sleep(max(0, seconds))
-
-
-async def stall_periodically() -> None:
-    due_s = time.monotonic()
-    while True:  # to absolute times, so that neither stall nor period drifts
-        await asyncio.sleep(due_s - time.monotonic())
-        block(due_s + STALL_S - time.monotonic())
-        due_s += PERIOD_S
+def raise_limit() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft = 8192 if hard == resource.RLIM_INFINITY else min(8192, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))  # macOS: 256 before
 
 
 @asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    soft = 8192 if hard == resource.RLIM_INFINITY else min(8192, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))  # macOS: 256 before
-    if os.environ.get("STALL") == "periodic":
-        app.state.task = asyncio.create_task(stall_periodically())
+    raise_limit()
     yield
 
 
@@ -91,6 +86,9 @@ async def answer(request: Request, path: str, body: bytes) -> Response:
         content = content | {"maxval": content["maxval"] + 1}
     elif path.endswith("/notjson"):
         return Response(b"all well")
+    elif path.endswith("/chunked"):
+        text = json.dumps(content)
+        return StreamingResponse(iter([text[:9], text[9:]]))
     every = {"status500": 1, "flaky": 3}.get(path.rpartition("/")[2])
     failed = every and seen[path][name] % every == 0
     return JSONResponse(content, 500 if failed else 200)
@@ -125,42 +123,82 @@ app = Starlette(routes=routes, lifespan=lifespan)
 
 def http_answer(content: Any) -> bytes:
     body = json.dumps(content).encode()
-    head = (
-        f"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    return head.encode() + body
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+
+
+async def stall_periodically() -> None:
+    due_s = time.monotonic()
+    while True:  # to absolute times, so that neither stall nor period drifts
+        await asyncio.sleep(due_s - time.monotonic())
+        block(due_s + STALL_S - time.monotonic())
+        due_s += PERIOD_S
 
 
 async def serve_raw(port: int, fault: str) -> None:
-    """An answer or a fault to the one request of each connection."""
+    left_s: list[float] = []
+    held: list[tuple[asyncio.StreamWriter, bytes]] = []
+
+    def leave(writer: asyncio.StreamWriter, content: bytes) -> None:
+        left_s.append(time.perf_counter())  # before: the client may be quicker
+        writer.write(content)
 
     async def connected(
         reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
+        try:
+            while await serve_one(reader, writer):
+                pass
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        if not any(writer is other for other, _ in held):
+            writer.close()
+
+    async def serve_one(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> bool:
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         method, path, _ = head.split(" ", 2)
         if method == "GET":
-            writer.write(http_answer(seen))
-        elif fault == "silent":
+            writer.write(http_answer(left_s if path == "/left" else seen))
+            return True
+        if fault == "garbage":
+            writer.write(b"220 mail.example ESMTP\r\n")
+            return False
+        length = int(head.lower().partition("content-length: ")[2].split("\r\n")[0])
+        content = right_answer(await reader.readexactly(length))
+        name = content["name"]
+        seen[path][name] += 1
+        right = http_answer(content)
+        if fault == "silent":
             await reader.read()
-        elif fault == "garbage":
-            writer.write(NO_HTTP)
-        else:
-            length = head.lower().partition("content-length: ")[2].split("\r\n")[0]
-            content = right_answer(await reader.readexactly(int(length)))
-            seen[path][content["name"]] += 1
-            if seen[path][content["name"]] % 2:
-                writer.write(http_answer(content))
-            elif fault == "cut":
-                writer.write(http_answer(content)[:-5])
+        elif fault == "held" and name == "small" and seen[path][name] > WARM_UP[name]:
+            held.append((writer, right))
+            if len(held) == HELD:
+                await asyncio.sleep(0.5)
+                for other, answer in held:
+                    leave(other, answer)
+                held.clear()
+            return True
+        elif fault in ("held", "periodic") or seen[path][name] % 2:
+            if name == "small":
+                leave(writer, right)
             else:
-                sock = writer.get_extra_info("socket")
-                sock.setsockopt(
-                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-                )
-        writer.close()
+                writer.write(right)
+            return True
+        elif fault == "cut":
+            writer.write(right[:-5])
+        else:
+            sock = writer.get_extra_info("socket")
+            reset = struct.pack("ii", 1, 0)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        return False
 
-    server = await asyncio.start_server(connected, "127.0.0.1", port, limit=2**20)
+    raise_limit()
+    server = await asyncio.start_server(
+        connected, "127.0.0.1", port, limit=2**20, backlog=4096
+    )
+    if fault == "periodic":
+        await stall_periodically()
     await server.serve_forever()
 
 
