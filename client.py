@@ -3,30 +3,61 @@
   python client.py                   start `uvicorn server:app`, measure it, stop it
   python client.py --base-url URL    measure the server that is already there
   python client.py --serve "gunicorn -w 4 -k asgi server:app" --serve ...
+  python client.py --base-url URL --small "GET /health" --large "POST /documents @big.json"
 
-For each server and endpoint stdout gets a dict to paste, at the end a Markdown table,
-latencies in ms. The classes and words in them:
+For each server and endpoint stdout gets a dict to paste and a line that says it in words,
+at the end a Markdown table; latencies in ms. The classes and words in them:
 
-  small     open loop: request i is due at start + i/rate, whatever happened to the ones
-            before it; latency = answer complete - due time, so a stall is counted for
-            everybody whom it delayed
-  large     one upload at a time, in chunks; latency = answer complete - start of sending
-  idle      small, with no large request in the air: the baseline
-  lateness  actual send - due; if its p99 passes 5 ms while idle, the client says that it
-            is itself the bottleneck
+  idle      small requests with no large one in flight: the baseline
+  small     small requests while large ones come and go. Open loop: each is due at a random
+            moment of its own slot of 1/rate, whatever happened to the ones before it;
+            latency = arrival of the answer - due time, so a stall counts for everybody
+            whom it delayed
+  during    those of `small` that were due while a large one was in flight
+  large     latency = arrival of the answer - start of sending
+  arrival   when the last byte reaches the client's process, not when a task gets its turn
+  lateness  how long after its due time the client began to act on a small request; a p99
+            above 5 ms in the idle phase, or 20 ms in the mixed one, is a warning
   errors    wrong answer, bad status, timeout, refused or broken connection: counted by
-            kind, shown, never in the percentiles
+            kind and shown; a timeout's waiting time is in the percentiles
+  None, -   too few samples: p90 needs 10, p95 20, p99 100
 
-A warm-up (a few small, one large) is sent first and not counted. Exit status: 0 all
-requests succeeded, 1 some failed, 2 wrong usage or no server, 130 interrupted (what was
-measured so far is printed).
+What is measured:
+  --endpoint PATH ...     paths of the demo: bodies are made, answers checked
+                          (default: /ping /pong "/pong?offload=process")
+  --small, --large "METHOD PATH [@FILE]"
+                          your own requests instead; any 2xx is right
+  --header "Name: value"  sent with every request; its value appears in no output *
+  --base-url URL          the server (default: http://127.0.0.1:8000, or else the demo's)
+  --serve COMMAND         start this server (in the foreground), measure, stop it *
+How:
+  --duration S, --idle S  seconds of mixed load (20), and of small requests alone (3)
+  --small-kb KB, --large-mb MB
+                          size of the demo's bodies, in units of 1000 (1, 25)
+  --rate HZ               small requests per second (50)
+  --uploads N ...         large requests in flight at once; several numbers are measured
+                          one after the other (1)
+  --pause S               from the end of a large request to the next of its stream (2)
+  --timeout S             until a request is an error (60)
+  --connections new | keep-alive | new-client
+                          one per request (default), kept ones, or a new httpx client too
+  --closed-loop           no small request while another waits: hides stalls
+What comes of it:
+  --fail-if "during p95 > 50"
+                          exit with 3 if a class's statistic is above so many ms *
+  --json FILE             every sample, the parameters, versions and machine
+  --plot FILE             how long small requests waited, .png or .svg (needs matplotlib)
+                                                                      * may be repeated
+
+A warm-up (10 small, 1 large for each upload at once) is not counted. Exit status: 0 all
+requests succeeded, 1 some failed, 2 wrong usage, no server, or a warm-up without success,
+3 a --fail-if is true or cannot be told, 130 interrupted (statistics so far are printed).
 """
 
 import asyncio
 import contextlib
 import gc
 import importlib.metadata
-import importlib.util
 import itertools
 import math
 import os
@@ -40,40 +71,40 @@ import socket
 import string
 import sys
 import tempfile
-import textwrap
 import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from argparse import RawDescriptionHelpFormatter as HelpFormatter
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
-from typing import Any, NamedTuple, NoReturn
+from subprocess import DEVNULL, PIPE, Popen
+from typing import IO, Any, NamedTuple, NoReturn
 
+import h11
 import httpx
 import numpy as np
 import orjson
-from tqdm import tqdm
-
-KINDS = ("idle", "small", "large")
-COLUMNS = ("Min", "Median", "Mean", "p90", "p95", "p99", "Max")
-CHUNK_BYTES = 256 * 1024
-MAX_REQUESTS, MAX_SIZE_MB = 10_000_000, 4000
-CONNECT_S, START_S, STOP_S = 5, 30, 10  # a running server; a started one; stopping it
-
-Process = Popen[bytes]
 
 
 class Failure(Exception):
     """What ends the run; its text tells the user what to do."""
 
 
+SECRETS: list[str] = []  # values of --header
+
+
+def mask(text: str) -> str:
+    for secret in SECRETS:
+        text = text.replace(secret, "***")
+    return text
+
+
 def say(message: str) -> None:
-    tqdm.write(f"client.py: {message}", file=sys.stderr)
+    erase = "\r\033[K" if sys.stderr.isatty() else ""  # the line of show_progress
+    print(f"{erase}client.py: {mask(message)}", file=sys.stderr, flush=True)
 
 
-# Workload: two bodies, made before anything is timed.
+# Requests: what is sent, and what a right answer is.
 
 
 class Body(NamedTuple):
@@ -102,440 +133,650 @@ def make_body(name: str, size_bytes: int) -> Body:
     return Body(content, {"name": name, "count": len(data), "maxval": maxval})
 
 
-async def chunks(content: bytes) -> AsyncIterator[bytes]:
-    for start in range(0, len(content), CHUNK_BYTES):
-        yield content[start : start + CHUNK_BYTES]
+class Call(NamedTuple):
+    """One kind of request; without `expected` any 2xx is a right answer."""
+
+    label: str  # what reports call it
+    request: httpx.Request
+    expected: dict[str, Any] | None
 
 
-# Schedule.
+def classify(status: int, content: bytes, expected: Any = None) -> str | None:
+    """What is wrong with an answer, or None."""
+    if status != 200 if expected else not 200 <= status < 300:
+        return f"status {status}"
+    with contextlib.suppress(orjson.JSONDecodeError):
+        if not expected or orjson.loads(content) == expected:
+            return None
+    return "wrong answer"
+
+
+# Exchange: one HTTP request and its answer, stamped on arrival.
+
+CHUNK_BYTES = 256 * 1024
+KEPT_S = 1  # a connection that the server closes first would look like a fault
+
+
+class Connection(asyncio.StreamReaderProtocol):
+    """An HTTP/1.1 connection that notes when bytes arrive, not when a task reads them.
+
+    In httpx's own transport tasks take many steps for an answer, and where many answers
+    arrive together, they take them in turn: all seem to arrive with the last.
+    """
+
+    writer: asyncio.StreamWriter
+    arrived_s = 0.0
+
+    def __init__(self, turn: asyncio.Lock) -> None:
+        self.reader, self.turn = asyncio.StreamReader(), turn
+        super().__init__(self.reader)
+        self.http = h11.Connection(h11.CLIENT)
+
+    def data_received(self, data: bytes) -> None:
+        self.arrived_s = time.perf_counter()
+        super().data_received(data)
+
+    async def exchange(self, request: httpx.Request) -> httpx.Response:
+        method, target = request.method, request.url.raw_path
+        head = h11.Request(method=method, target=target, headers=request.headers.raw)
+        unsent, content = self.http.send(head) or b"", request.content
+        for start in range(0, max(1, len(content)), CHUNK_BYTES):
+            chunk = h11.Data(data=content[start : start + CHUNK_BYTES])
+            self.writer.write(unsent + (self.http.send(chunk) or b""))
+            unsent = b""
+            await asyncio.sleep(0)  # small requests go in between
+            try:
+                await self.writer.drain()
+            except ConnectionError:
+                break  # refused half-way, perhaps with an answer
+        else:
+            self.http.send(h11.EndOfMessage())
+        answer = bytearray()
+        while not isinstance(event := self.http.next_event(), h11.EndOfMessage):
+            if event is h11.NEED_DATA:
+                data = await self.reader.read(CHUNK_BYTES)
+                async with (
+                    self.turn
+                ):  # one in a turn of the loop, which stamps in between
+                    self.http.receive_data(data)
+            elif isinstance(event, h11.Response):
+                status, headers = event.status_code, event.headers.raw_items()
+            elif isinstance(event, h11.Data):
+                answer += event.data
+        stamp = {"arrived_s": self.arrived_s}
+        return httpx.Response(
+            status, headers=headers, content=bytes(answer), extensions=stamp
+        )
+
+
+class StampingTransport(httpx.AsyncBaseTransport):
+    """Connections of an httpx.AsyncClient to one server. `extensions["arrived_s"]` of an
+    answer says when it arrived, in seconds of time.perf_counter(). Raises OSError and
+    h11.ProtocolError.
+    """
+
+    def __init__(self, url: httpx.URL, keep_alive: bool) -> None:
+        self.keep_alive, self.host = keep_alive, url.host
+        self.options: dict[str, Any] = {"port": port_of(url)}
+        if url.scheme == "https":
+            context = httpx.create_ssl_context()
+            self.options |= {"ssl": context, "server_hostname": url.host}
+        self.kept: list[tuple[float, Connection]] = []
+        self.turn = asyncio.Lock()
+
+    async def connect(self) -> Connection:
+        while self.kept:
+            since_s, kept = self.kept.pop()
+            if time.perf_counter() - since_s < KEPT_S and not kept.reader.at_eof():
+                return kept
+            kept.writer.close()
+        loop = asyncio.get_running_loop()
+        transport, new = await loop.create_connection(
+            lambda: Connection(self.turn), self.host, **self.options
+        )
+        new.writer = asyncio.StreamWriter(transport, new, new.reader, loop)
+        self.host = transport.get_extra_info("peername")[0]  # a name is looked up once
+        return new
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        connection = await self.connect()
+        http = connection.http
+        try:
+            response = await connection.exchange(request)
+            if self.keep_alive and http.our_state is http.their_state is h11.DONE:
+                http.start_next_cycle()
+                self.kept.append((time.perf_counter(), connection))
+            return response
+        finally:
+            if http.our_state is not h11.IDLE:
+                connection.writer.transport.abort()
+
+    async def aclose(self) -> None:
+        for _, connection in self.kept:
+            connection.writer.close()
+
+
+class NewClientTransport(httpx.AsyncBaseTransport):
+    """A new httpx client, and so a new TLS context, for every request."""
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport()) as client:
+            return await client.send(request)
+
+
+def port_of(url: httpx.URL) -> int:
+    return url.port or {"http": 80, "https": 443}[url.scheme]
+
+
+def open_client(url: httpx.URL, connections: str) -> httpx.AsyncClient:
+    new_client, keep_alive = connections == "new-client", connections == "keep-alive"
+    transport = (
+        NewClientTransport() if new_client else StampingTransport(url, keep_alive)
+    )
+    return httpx.AsyncClient(transport=transport, timeout=None)
+
+
+# Schedule: a pure function.
 
 
 def due_offsets_s(rate_hz: float, duration_s: float) -> list[float]:
-    """The times i / rate before `duration_s`, in seconds since the start of the phase."""
+    """When requests are due, in seconds since the start of a phase: request i at a random
+    moment of its own slot, (i + u) / rate with 0 <= u < 1, the same ones at every call.
+    Evenly spaced ones could be in step with the server's stalls.
+    """
     count = math.ceil(round(rate_hz * duration_s, 6))
-    return [i / rate_hz for i in range(count)]
+    rng = random.Random(0)
+    return [(i + rng.random()) / rate_hz for i in range(count)]
 
 
-# Send: each request becomes one sample.
+# Load: warm-up, idle phase, mixed phase; each request becomes a sample.
+
+START_S, CONNECT_S = 30, 5  # to the first answer of a server just started, of another
 
 
 class Sample(NamedTuple):
     """One request; times in seconds since the start of the run, to the microsecond."""
 
-    kind: str
+    kind: str  # idle, small or large
     due_s: float
     sent_s: float
     done_s: float
     error: str | None
-    stages_ms: dict[str, float]
+    stages_ms: dict[str, float]  # Server-Timing of a large request
 
     @property
     def latency_ms(self) -> float:
         return 1000 * (self.done_s - self.due_s)
 
 
-class NewConnections(httpx.AsyncBaseTransport):
-    """A new connection per request, each in its own pool: a shared one looks, at every
-    request, through all connections, which takes seconds once a thousand wait.
-    """
-
-    def __init__(self) -> None:
-        self.tls = httpx.create_ssl_context(trust_env=False)
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        async with httpx.AsyncHTTPTransport(verify=self.tls) as transport:
-            response = await transport.handle_async_request(request)
-            await response.aread()
-            return response
-
-
-def new_client(reuse: str) -> httpx.AsyncClient:
-    # Kept for 1 s: a connection that the server closes first would look like a fault.
-    kept = httpx.Limits(max_connections=None, keepalive_expiry=1.0)
-    own = NewConnections() if reuse == "client" else None
-    return httpx.AsyncClient(transport=own, limits=kept, timeout=None, trust_env=False)
-
-
-def classify(status: int, content: bytes, expected: dict[str, Any]) -> str | None:
-    """What is wrong with an answer, or None."""
-    if status != 200:
-        return f"status {status}"
-    with contextlib.suppress(orjson.JSONDecodeError):
-        if orjson.loads(content) == expected:
-            return None
-    return "wrong answer"
-
-
 @dataclass
-class Run:
-    """One server and endpoint under load; `measure` fills `samples`."""
+class Load:
+    """One run: `uploads` large requests at once, and small ones at `rate_hz`."""
 
-    server: str
-    endpoint: str
-    options: Namespace
-    small: Body
-    large: Body
     client: httpx.AsyncClient
+    small: Call
+    large: Call
+    uploads: int
+    duration_s: float
+    idle_s: float
+    rate_hz: float
+    pause_s: float
+    timeout_s: float
+    closed_loop: bool
     samples: list[Sample] = field(default_factory=list)
-    in_flight: int = 0
     phase: str = "warm-up"
+    in_flight: int = 0
+    errors: int = 0
+    refusals: dict[str, str] = field(default_factory=dict)  # what the last error said
     origin_s: float = field(default_factory=time.perf_counter)
 
     def now_s(self) -> float:
         return round(time.perf_counter() - self.origin_s, 6)
 
-    async def post(self, content: bytes) -> httpx.Response:
-        url = self.options.base_url + self.endpoint
-        size_bytes = str(len(content))
-        headers = {"Content-Type": "application/json", "Content-Length": size_bytes}
-        if self.options.reuse != "none":
-            return await self.client.post(url, content=chunks(content), headers=headers)
-        async with new_client("none") as client:
-            return await client.post(url, content=chunks(content), headers=headers)
-
-    async def send(self, kind: str, body: Body, due_s: float | None = None) -> Sample:
-        """Send one body, and record what came of it, also when interrupted."""
-        sent_s = self.now_s()
+    async def send(self, kind: str, due_s: float | None = None) -> Sample:
+        """Send a request, and record what came of it, also when interrupted."""
+        sent_s, done_s = self.now_s(), None
+        call = self.large if kind == "large" else self.small
         error: str | None = "interrupted"
         stages_ms: dict[str, float] = {}
         self.in_flight += 1
-        task = asyncio.create_task(self.post(body.content))
         try:
-            await asyncio.wait([task], timeout=self.options.timeout)
-            if not task.done():
-                error = "timeout"
-            elif exception := task.exception():
-                error = type(exception).__name__
-            else:
-                response = task.result()
-                error = classify(response.status_code, response.content, body.expected)
-                if kind == "large":
-                    timing = response.headers.get("Server-Timing", "")
-                    found = re.findall(r"([\w-]+)[^,]*?;dur=(\d+\.?\d*)", timing)
-                    stages_ms = {stage: float(ms) for stage, ms in found}
+            async with asyncio.timeout(self.timeout_s):
+                response = await self.client.send(call.request)
+            arrived_s = response.extensions.get("arrived_s", time.perf_counter())
+            done_s = round(arrived_s - self.origin_s, 6)
+            if error := classify(response.status_code, response.content, call.expected):
+                self.refusals[kind] = " ".join(response.text[:200].split())
+            elif kind == "large":
+                timing = response.headers.get("Server-Timing", "")
+                found = re.findall(r"([\w-]+)[^,]*?;dur=(\d+\.?\d*)", timing)
+                stages_ms = {stage: float(ms) for stage, ms in found}
+        except TimeoutError:
+            error = self.refusals[kind] = "timeout"
+        except (OSError, h11.ProtocolError, httpx.HTTPError) as exc:
+            error, self.refusals[kind] = type(exc).__name__, str(exc)
         finally:
-            task.cancel()
             self.in_flight -= 1
+            self.errors += error is not None
             due_s = sent_s if due_s is None else round(due_s, 6)
-            sample = Sample(kind, due_s, sent_s, self.now_s(), error, stages_ms)
+            done_s = self.now_s() if done_s is None else done_s
+            sample = Sample(kind, due_s, sent_s, done_s, error, stages_ms)
             self.samples.append(sample)
         return sample
 
     async def send_small(self, kind: str, duration_s: float) -> None:
-        if self.options.closed_loop:
-            return await self.send_small_closed(kind, duration_s)
-        begun_s, tasks = self.now_s(), []
-        try:
-            for offset_s in due_offsets_s(self.options.rate, duration_s):
+        begun_s = self.now_s()
+        async with asyncio.TaskGroup() as group:
+            for offset_s in due_offsets_s(self.rate_hz, duration_s):
                 due_s = begun_s + offset_s
+                if self.closed_loop and self.now_s() > due_s:
+                    continue  # was due while the last one waited
                 await asyncio.sleep(due_s - self.now_s())
-                tasks.append(asyncio.create_task(self.send(kind, self.small, due_s)))
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+                task = group.create_task(self.send(kind, due_s))
+                if self.closed_loop:
+                    await task
 
-    async def send_small_closed(self, kind: str, duration_s: float) -> None:
-        end_s = self.now_s() + duration_s
+    async def send_large(self) -> None:
+        end_s = self.now_s() + self.duration_s
         while self.now_s() < end_s:
-            sample = await self.send(kind, self.small)
-            await asyncio.sleep(sample.sent_s + 1 / self.options.rate - self.now_s())
-
-    async def send_large(self, duration_s: float) -> None:
-        end_s = self.now_s() + duration_s
-        while self.now_s() < end_s:
-            sample = await self.send("large", self.large)
+            sample = await self.send("large")
             # Even without a pause, a server that refuses at once is not hammered.
-            pause_s = max(self.options.pause, 0.1 if sample.error else 0)
+            pause_s = max(self.pause_s, 0.1 if sample.error else 0)
             await asyncio.sleep(min(pause_s, end_s - self.now_s()))
 
-    async def warm_up(self, process: Process | None) -> None:
-        """Wait for a first HTTP answer of any status; Failure if none comes."""
-        give_up_s = START_S if process else CONNECT_S
-        while True:
-            error = (await self.send("warm-up", self.small)).error
-            if not error or error.startswith(("status", "wrong")):
+    async def warm_up(self, is_running: Callable[[], bool] | None) -> None:
+        """Raises Failure if no HTTP answer comes, or no right one to small or to large.
+
+        `is_running` tells of a server that is only just starting.
+        """
+        give_up_s = START_S if is_running else CONNECT_S
+        while error := (await self.send("small")).error:
+            if error.startswith(("status", "wrong")):
                 break
-            if self.now_s() > give_up_s or process and process.poll() is not None:
-                url = self.options.base_url + self.endpoint
-                raise Failure(f"no HTTP answer from {url} ({error})")
+            if self.now_s() > give_up_s or is_running and not is_running():
+                why = f"{self.small.request.url}: {error}, {self.refusals['small']}"
+                tls = " (SSL_CERT_FILE names a private CA)" if "certif" in why else ""
+                raise Failure(f"no HTTP answer from {why}{tls}")
             await asyncio.sleep(0.1)
-        for body in [self.small] * 10 + [self.large]:
-            sample = await self.send("warm-up", body)
-            if sample.error:
-                say(
-                    f"{self.endpoint}, warm-up, {body.expected['name']}: {sample.error}"
-                )
-            if sample.error == "timeout":
+        for _ in range(10):
+            if (await self.send("small")).error == "timeout":
                 break
-        self.samples.clear()
+        await asyncio.gather(*[self.send("large") for _ in range(self.uploads)])
+        for kind, call in (("small", self.small), ("large", self.large)):
+            if not all(sample.error for sample in select(self.samples, kind)):
+                continue
+            if error := (
+                await self.send(kind)
+            ).error:  # not only every second one fails
+                what = f"{call.request.method} {call.request.url}"
+                why = f"{error}, {self.refusals[kind]}"
+                raise Failure(f"no success in the warm-up: {what}: {why}")
+        await asyncio.sleep(1)
 
     async def measure(self) -> None:
-        options, self.origin_s = self.options, time.perf_counter()
-        self.phase = "idle"
-        await self.send_small("idle", options.idle)
-        self.phase = "small and large"
-        small = self.send_small("small", options.duration)
-        await asyncio.gather(small, self.send_large(options.duration))
+        self.samples.clear()
+        self.phase, self.errors, self.origin_s = "idle", 0, time.perf_counter()
+        await self.send_small("idle", self.idle_s)
+        self.phase = "mixed"
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.send_small("small", self.duration_s))
+            for _ in range(self.uploads):
+                group.create_task(self.send_large())
 
-    async def show_progress(self) -> None:
-        """Keep a bar on stderr up to date; none where stderr is no terminal."""
-        total_s = self.options.idle + self.options.duration
-        form = "|{bar:20}| {desc}"
-        with tqdm(total=total_s, bar_format=form, disable=None, leave=False) as bar:
-            while True:
-                bar.n = 0 if self.phase == "warm-up" else min(self.now_s(), total_s)
-                errors = sum(sample.error is not None for sample in self.samples)
-                bar.set_description_str(
-                    f"{self.server}, {self.endpoint}, {self.phase}: "
-                    f"{total_s - bar.n:.0f} s left, {len(self.samples)} answers, "
-                    f"{self.in_flight} in flight, {errors} errors"
-                )
-                await asyncio.sleep(0.25)
+    async def show_progress(self, name: str) -> None:
+        """Keep a line on stderr up to date; none where stderr is no terminal."""
+        while sys.stderr.isatty():
+            past_s = 0 if self.phase == "warm-up" else self.now_s()
+            left_s = max(0, self.idle_s + self.duration_s - past_s)
+            text = f"{self.phase}: {left_s:.0f} s left, {self.in_flight} in flight, "
+            text += f"{self.errors} errors: {name}"
+            print(f"\r\033[K{text[:79]}", end="", file=sys.stderr, flush=True)
+            await asyncio.sleep(0.25)
 
 
-# The server, where it is started here.
+# Server: start it, and never leave it behind.
+
+STOP_S = 10
 
 
-@contextlib.contextmanager
-def started(command: Sequence[str], cwd: Path | None) -> Iterator[Process]:
+class Server:
     """A server in a process group of its own, which never outlives this process."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    with tempfile.TemporaryFile() as output:
+
+    peak_memory_mb: float | None = None  # of its largest process, once it has ended
+
+    def __init__(
+        self, command: Sequence[str], cwd: Path | None, log: IO[bytes]
+    ) -> None:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        env = os.environ | {"PATH": path}
+        streams: dict[str, Any] = {"stdin": DEVNULL, "stdout": log, "stderr": log}
         try:
-            process = Popen(
-                command,
-                cwd=cwd,
-                env=os.environ | {"PATH": path},
-                stdin=DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
+            self.process = Popen(
+                command, cwd=cwd, env=env, start_new_session=True, **streams
             )
         except OSError as exc:
             raise Failure(f"cannot start {command[0]}: {exc.strerror}") from None
-        # Its input ends when this block does or this process, even by SIGKILL: then it
-        # kills the group, and where something was left, gives it time to free the port.
-        guard = f"read end; kill -KILL -{process.pid} 2>/dev/null && sleep 0.5"
-        with (
-            process,
-            Popen(["/bin/sh", "-c", guard], stdin=PIPE, start_new_session=True),
-        ):
-            try:
-                yield process
-            finally:
-                # It ended by itself, or gave no answer.
-                if process.poll() is not None or sys.exc_info()[0] is Failure:
-                    output.seek(0)
-                    log = output.read().decode(errors="replace").splitlines()[-10:]
-                    say("\n".join(["the server's log ends:", *log]))
-                process.terminate()
-                with contextlib.suppress(TimeoutExpired):
-                    process.wait(STOP_S)
+        # Its input ends when stop() closes it or this process ends, even by SIGKILL: then
+        # it kills the group, and where something was left, gives it time to free the port.
+        guard = f"read end; kill -KILL -{self.process.pid} 2>/dev/null && sleep 0.5"
+        self.guard = Popen(["sh", "-c", guard], stdin=PIPE, start_new_session=True)
+
+    def is_running(self) -> bool:
+        if self.process.returncode is None:
+            pid, status, usage = os.wait4(self.process.pid, os.WNOHANG)
+            if pid:
+                self.process.returncode = os.waitstatus_to_exitcode(status)
+                unit_bytes = 1 if sys.platform == "darwin" else 1024
+                self.peak_memory_mb = round(usage.ru_maxrss * unit_bytes / 1e6, 1)
+        return self.process.returncode is None
+
+    def stop(self) -> None:
+        if self.is_running():
+            self.process.terminate()
+        give_up_s = time.perf_counter() + STOP_S
+        while self.is_running() and time.perf_counter() < give_up_s:
+            time.sleep(0.02)
+        self.guard.communicate()
+        while self.is_running():  # until the guard has killed it
+            time.sleep(0.02)
 
 
 @contextlib.contextmanager
-def server_at(base_url: str, serve: str | None) -> Iterator[tuple[str, Process | None]]:
-    """The name of the server to measure, and its process if it is started here."""
-    url, name, cwd = httpx.URL(base_url), "uvicorn server:app", None
-    port = url.port or {"http": 80, "https": 443}[url.scheme]
+def server_at(
+    url: httpx.URL, serve: str | None, may_start: bool
+) -> Iterator[tuple[str, Server | None]]:
+    """The name of the server to measure, and itself if it is started here."""
     try:
-        socket.create_connection((url.host, port), CONNECT_S).close()
-    except OSError:
-        say(f"nothing listens at {base_url}")
+        socket.create_connection((url.host, port_of(url)), CONNECT_S).close()
+    except OSError as exc:
+        if not serve and not may_start:
+            why = exc.strerror or exc
+            raise Failure(f"no server at {url} ({why}): start it first") from None
     else:
         if serve:
-            raise Failure(f"{base_url} is taken: stop that server or change --base-url")
-        say(f"measuring the server at {base_url}")
-        yield base_url, None
+            raise Failure(f"{url} is taken: stop that server or change --base-url")
+        say(f"measuring the server at {url}")
+        yield str(url), None
         return
-    if serve:
-        name, command = serve, shlex.split(serve)
-    elif url.scheme == "http" and url.host in ("127.0.0.1", "localhost", "::1"):
-        cwd = Path(__file__).resolve().parent
-        where = ["--host", url.host, "--port", str(port), "--no-access-log"]
-        command = [sys.executable, "-m", *name.split(), *where]
-    else:
-        raise Failure(f"no server at {base_url}: start it first")
-    say(f"starting: {shlex.join(command)}")
-    with started(command, cwd) as process:
-        yield name, process
+    name, cwd = serve or "uvicorn server:app", None if serve else Path(__file__).parent
+    command = shlex.split(name)
+    if not serve:
+        where = ["--host", url.host, "--port", str(port_of(url)), "--no-access-log"]
+        command = [sys.executable, "-m", *command, *where]
+    say(f"nothing listens at {url}, starting: {shlex.join(command)}")
+    with tempfile.TemporaryFile() as log:
+        server = Server(command, cwd, log)
+        try:
+            yield name, server
+        finally:
+            # It ended by itself, or gave no answer.
+            if not server.is_running() or sys.exc_info()[0] is Failure:
+                log.seek(0)
+                lines = log.read().decode(errors="replace").splitlines()[-10:]
+                say("\n".join(["the server's log ends:", *lines]))
+            server.stop()
 
 
-# Report: pure functions of the samples, and what prints them.
+# Statistics: pure functions of the samples.
+
+CLASSES = ("idle", "small", "during", "large")
+COLUMNS = ("min", "median", "mean", "p90", "p95", "p99", "max")
+LATE_MS = {"idle": 5, "small": 20}  # the kinds that are due, and when to warn
+
+Row = dict[str, float | None]
 
 
-def statistics(latencies_ms: Sequence[float], errors: int) -> dict[str, float]:
+def summarize(
+    latencies_ms: Sequence[float], errors: int = 0, waited_ms: Sequence[float] = ()
+) -> Row:
     """Count, min, median, mean, percentiles and max in ms to one decimal, and errors.
 
-    Percentiles are interpolated linearly (numpy.percentile). Without any latency there
-    are only the count, 0, and the errors.
+    `waited_ms` is how long the timeouts among the errors waited, at least: it is in all
+    figures but the count. Percentiles are interpolated linearly (numpy.percentile), and
+    None without a sample beyond them: below 10 samples for p90, 20 for p95, 100 for p99.
     """
-    if not latencies_ms:
-        return {"count": 0, "errors": errors}
-    low, median, *high = np.percentile(latencies_ms, [0, 50, 90, 95, 99, 100])
-    values = [low, median, np.mean(latencies_ms), *high]
-    row = {name.lower(): round(float(ms), 1) for name, ms in zip(COLUMNS, values)}
+    values_ms = [*latencies_ms, *waited_ms]
+    row: Row = dict.fromkeys(COLUMNS)
+    if values_ms:
+        for q, column in ((0, "min"), (50, "median"), (100, "max")):
+            row[column] = round(float(np.percentile(values_ms, q)), 1)
+        row["mean"] = round(float(np.mean(values_ms)), 1)
+    for q in (90, 95, 99):
+        if len(values_ms) * (100 - q) >= 100:
+            row[f"p{q}"] = round(float(np.percentile(values_ms, q)), 1)
     return {"count": len(latencies_ms), **row, "errors": errors}
 
 
-def summarize(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
-    """`statistics` for each of the classes idle, small and large."""
+def select(samples: Iterable[Sample], name: str) -> list[Sample]:
+    """The samples of one of the classes."""
+    if name != "during":
+        return [sample for sample in samples if sample.kind == name]
+    small = select(samples, "small")
+    due_s = np.array([sample.due_s for sample in small])
+    hit = np.zeros(len(small), dtype=bool)
+    for large in select(samples, "large"):
+        hit |= (large.sent_s <= due_s) & (due_s < large.done_s)
+    return [small[i] for i in np.flatnonzero(hit)]
+
+
+def summarize_all(samples: Sequence[Sample]) -> dict[str, Row]:
     rows = {}
-    for kind in KINDS:
-        chosen = [sample for sample in samples if sample.kind == kind]
-        latencies_ms = [sample.latency_ms for sample in chosen if not sample.error]
-        rows[kind] = statistics(latencies_ms, len(chosen) - len(latencies_ms))
+    for name in CLASSES:
+        chosen = select(samples, name)
+        right_ms = [s.latency_ms for s in chosen if not s.error]
+        waited_ms = [s.latency_ms for s in chosen if s.error == "timeout"]
+        rows[name] = summarize(right_ms, len(chosen) - len(right_ms), waited_ms)
     return rows
 
 
-def format_stages(samples: Iterable[Sample]) -> str:
-    """A line on what Server-Timing says of the large requests; empty without any."""
-    timed = [s for s in samples if s.stages_ms and not s.error]
-    if not timed:
-        return ""
-    medians_ms = {
-        stage: np.median([sample.stages_ms.get(stage, 0) for sample in timed])
-        for stage in timed[0].stages_ms
-    }
-    total_ms = medians_ms.get("total", sum(medians_ms.values()))
-    share = total_ms / np.median([sample.latency_ms for sample in timed])
-    stages = ", ".join(f"{stage} {ms:.1f}" for stage, ms in medians_ms.items())
-    return f"# large in the server, median ms: {stages} ({share:.0%} of the latency)\n"
+def lateness_ms(samples: Iterable[Sample], kind: str) -> float:
+    """The p99 of the small requests of a phase, 0 without any."""
+    late_ms = [1000 * (s.sent_s - s.due_s) for s in samples if s.kind == kind]
+    return float(np.percentile(late_ms, 99)) if late_ms else 0.0
 
 
-def format_run(run: Run) -> str:
-    rows = [f"    {kind!r}: {row},\n" for kind, row in summarize(run.samples).items()]
-    heading, stages = f"# {run.server}, {run.endpoint}\n", format_stages(run.samples)
-    return heading + "{\n" + "".join(rows) + "}\n" + stages
+def warnings_about(samples: Sequence[Sample]) -> list[str]:
+    """What makes the figures of a run doubtful."""
+    return [
+        f"{kind}: the client itself was late (p99 {late_ms:.1f} ms, over {limit_ms}), and "
+        "the figures are too high: stop other programs, or lower --rate"
+        for kind, limit_ms in LATE_MS.items()
+        if (late_ms := lateness_ms(samples, kind)) > limit_ms
+    ]
+
+
+# Report.
+
+
+@dataclass
+class Run:
+    """What was measured of one server, endpoint and number of uploads."""
+
+    server: str
+    endpoint: str
+    uploads: int
+    small: str
+    large: str
+    samples: list[Sample]
+    started_s: float = 0  # since 1970
+    peak_memory_mb: float | None = None
+
+    @property
+    def title(self) -> str:
+        return self.endpoint + (f", {self.uploads} at once" if self.uploads > 1 else "")
+
+
+def in_words(run: Run, rows: dict[str, Row]) -> str:
+    def time_of(name: str, column: str) -> str:
+        ms = rows[name][column] or 0
+        return f"{ms:.1f} ms" if ms < 100 else f"{ms / 1000:.2f} s"
+
+    if rows["during"]["max"] is None:
+        return (
+            "no small request was answered that was due while a large one was in flight"
+        )
+    demo = run.endpoint.startswith("/")
+    large, small = (
+        ("a large request", "a small one") if demo else (run.large, run.small)
+    )
+    text = f"while {large} was in flight {small} waited {time_of('during', 'median')} "
+    text += f"(median), {time_of('during', 'max')} at most"
+    if rows["idle"]["max"] is not None:
+        text += f"; alone {time_of('idle', 'median')} (median)"
+    return text
+
+
+def report(run: Run) -> None:
+    """Print the dict on stdout, and before that on stderr what its reader must know."""
+    for name in ("idle", "small", "large"):
+        errors = Counter(s.error for s in select(run.samples, name) if s.error)
+        for error, count in errors.items():
+            say(f"{run.title}, {name}: {count} x {error}")
+    late = [f"{kind} {lateness_ms(run.samples, kind):.1f} ms" for kind in LATE_MS]
+    say(f"{run.title}, lateness of the client (p99): {', '.join(late)}")
+    for warning in warnings_about(run.samples):
+        say(f"warning: {run.title}, {warning}")
+    rows = summarize_all(run.samples)
+    lines = [f"    {name!r}: {row},\n" for name, row in rows.items()]
+    print(f"# {run.server}, {run.title}\n{{\n{''.join(lines)}}}")
+    print(f"# {in_words(run, rows)}\n", flush=True)
 
 
 def format_table(runs: Iterable[Run]) -> str:
     """The Markdown table, a row for each class of each run."""
-    titles = ["Request Size", "Server", "Endpoint", "Count", *COLUMNS]
-    rows = [titles, ["---"] * 3 + ["---:"] * (len(titles) - 3)]
+    titles = ["Request", "Server", "Endpoint", "Count", "Errors"]
+    titles += [name if name[0] == "p" else name.title() for name in COLUMNS]
+    table = [titles, ["---"] * 3 + ["---:"] * (len(titles) - 3)]
     for run in runs:
-        small, large = f"{run.options.small_kb:g} kB", f"{run.options.large_mb:g} MB"
-        for kind, row in summarize(run.samples).items():
-            size = f"{kind} ({large if kind == 'large' else small})"
-            values = [str(row.get(name.lower(), "-")) for name in ("Count", *COLUMNS)]
-            server = run.server.replace("|", "\\|")
-            rows.append([size, server, run.endpoint, *values])
-    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+        at_once = run.title.removeprefix(run.endpoint)
+        for name, row in summarize_all(run.samples).items():
+            label = run.large + at_once if name == "large" else run.small
+            values = [row[column] for column in ("count", "errors", *COLUMNS)]
+            cells = [f"{name} ({label})", run.server, run.endpoint]
+            cells += ["-" if value is None else str(value) for value in values]
+            table.append([cell.replace("|", "\\|") for cell in cells])
+    return "".join("| " + " | ".join(row) + " |\n" for row in table)
 
 
-def report(run: Run) -> None:
-    """Print the dict on stdout, and on stderr what else a reader of it must know."""
-    tqdm.write(format_run(run), file=sys.stdout)
-    sys.stdout.flush()
-    for kind in KINDS:
-        samples = [sample for sample in run.samples if sample.kind == kind]
-        errors = Counter(sample.error for sample in samples if sample.error)
-        for error, count in errors.items():
-            say(f"{run.endpoint}, {kind}: {count} x {error}")
-        if kind != "large" and samples:
-            late_ms = [1000 * (sample.sent_s - sample.due_s) for sample in samples]
-            p99_ms = np.percentile(late_ms, 99)
-            say(f"{run.endpoint}, {kind}: lateness of sending, p99 {p99_ms:.1f} ms")
-            if kind == "idle" and p99_ms > 5:
-                say("WARNING: this client is itself the bottleneck: figures too high")
-
-
-def to_json(options: Namespace, runs: Iterable[Run]) -> dict[str, Any]:
-    """Everything about the runs; README.md describes the schema."""
+def to_json(runs: Sequence[Run], about: dict[str, Any]) -> bytes:
+    """Everything about the runs; `statistics` follow from `samples`."""
     cpu = platform.processor()
     with contextlib.suppress(OSError, IndexError):  # only Linux tells the model so
         cpu = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0]
     host = {"cores": os.cpu_count(), "cpu": cpu, "os": platform.platform()}
-    return {
-        "schema": 1,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": shlex.join(["python", *sys.argv]).encode(errors="replace").decode(),
-        "parameters": vars(options),
-        "versions": {d.name: d.version for d in importlib.metadata.distributions()},
+    started = time.gmtime(runs[0].started_s)
+    content = about | {
+        "schema": 2,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", started),
+        "client_versions": {
+            d.name: d.version for d in importlib.metadata.distributions()
+        },
         "machine": host | {"python": platform.python_version()},
         "columns": Sample._fields,
         "runs": [
-            {
-                "server": run.server,
-                "endpoint": run.endpoint,
-                "statistics": summarize(run.samples),
-                "samples": [list(sample) for sample in run.samples],
-            }
+            vars(run)
+            | {"statistics": summarize_all(run.samples)}
+            | {"warnings": warnings_about(run.samples)}
+            | {"samples": list(map(list, run.samples))}
             for run in runs
         ],
     }
+    return orjson.dumps(content, default=str)
 
 
 def plot(runs: Sequence[Run], file: Path) -> None:
-    """Latency over time: a row of panels for each server, a column for each endpoint."""
+    """How long small requests waited, by when they were due: a panel for each run."""
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
-    colors = {"idle": "gray", "small": "tab:blue", "error": "tab:red"}
-    columns = len({run.endpoint for run in runs})
-    rows = math.ceil(len(runs) / columns)
-    figure = Figure(figsize=(11, 1.2 + 2.2 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for axis, run in zip(axes.flat, runs):
-        title = f"{run.server}, {run.endpoint}"
-        title = textwrap.fill(title, 140 // columns, break_on_hyphens=False)
-        axis.set_title(title, fontsize=9)
-        axis.set_yscale("log")
-        axis.grid(alpha=0.3)
-        for s in run.samples:
-            if s.kind == "large":
-                axis.axvspan(s.sent_s, s.done_s, color="orange", alpha=0.3, lw=0)
-        for key, color in colors.items():
-            shown = [s for s in run.samples if ("error" if s.error else s.kind) == key]
-            due_s, latency_ms = [s.due_s for s in shown], [s.latency_ms for s in shown]
-            axis.plot(due_s, latency_ms, ".", ms=3, color=color)
-    figure.supxlabel("time when due, s")
-    figure.supylabel("latency, ms")
-    handles = [Patch(color=color, label=key) for key, color in colors.items()]
-    handles += [Patch(color="orange", alpha=0.3, label="large in the air")]
-    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
+    across = min(4, len({run.title for run in runs}))
+    down = math.ceil(len(runs) / across)
+    figure = Figure(figsize=(12, 1 + 2.8 * down), layout="constrained")
+    axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+    colors = "#d55e00", "#0072b2", "#aa4499", "#009e73"  # safe for the colour-blind
+    legend: dict[str, Any] = {}
+    for i, axis in enumerate(axes.flat):
+        if i >= len(runs):
+            axis.remove()
+            continue
+        run, color = runs[i], colors[i % across]
+        small, large = select(run.samples, "small"), select(run.samples, "large")
+        begun_s = min((s.due_s for s in (*small, *large)), default=0)
+        for s in large:
+            span = axis.axvspan(s.sent_s - begun_s, s.done_s - begun_s, color="#e9e3d3")
+            legend[f"large request in flight ({run.large})"] = span
+        for label, marker, shade in (
+            (f"small request ({run.small})", ".", color),
+            ("error", "x", "black"),
+        ):
+            shown = [s for s in small if (label == "error") == bool(s.error)]
+            due_s = [s.due_s - begun_s for s in shown]
+            wait_s = [s.latency_ms / 1000 for s in shown]
+            dots = axis.plot(due_s, wait_s, marker, ms=4, color=shade, zorder=3)
+            if shown:
+                legend.setdefault(label, dots[0])
+        share = np.mean([s.latency_ms > 100 for s in small]) if small else 0
+        style: dict[str, Any] = {"weight": "bold", "color": color}
+        style["bbox"] = {"facecolor": "white", "alpha": 0.8, "lw": 0}
+        place: dict[str, Any] = {"xycoords": "axes fraction", "ha": "right"}
+        text = f"{share:.0%} waited over 0.1 s"
+        axis.annotate(text, (0.98, 0.9), **place, **style)
+        del style["bbox"]
+        axis.set_title(run.title, loc="left", pad=18, **style)
+        axis.annotate(
+            run.server[: 130 // across], (0, 1.02), xycoords="axes fraction", size=8
+        )
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", alpha=0.4)
+        axis.set_ylim(bottom=0)
+    figure.supxlabel(
+        "when a small request was due, seconds since the load began", size=10
+    )
+    figure.supylabel("it waited, seconds", size=10)
+    names, handles = list(legend), list(legend.values())
+    figure.legend(handles, names, loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(file, dpi=110)
 
 
-# The command line: what is wrong is better found before a long run than after it.
+# Options and main: what is wrong is better found before a long run than after it.
+
+LOCAL_URL = "http://127.0.0.1:8000"
+ENDPOINTS = ["/ping", "/pong", "/pong?offload=process"]
+MAX_REQUESTS, MAX_SIZE_MB = 10_000_000, 4000
+REQUEST = r"([A-Z]+) (/\S*)(?: @(.+))?"
+HEADER = r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~]*?)[ \t]*"
+POSITIVE, POSITIVE_OR_0 = r"(?=.*[1-9])[0-9]*\.?[0-9]+", r"[0-9]*\.?[0-9]+"
+CONDITION = rf"({'|'.join(CLASSES)}) ({'|'.join(COLUMNS)}) > ([0-9]+(?:\.[0-9]+)?)"
 
 
 class Parser(ArgumentParser):
+    def format_help(self) -> str:
+        return __doc__
+
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see --help\n")
+        self.exit(2, f"client.py: {message}; see --help\n")
 
 
-def positive(text: str) -> float:
-    if not 0 < (value := float(text)) < math.inf:
-        raise ArgumentTypeError(f"must be a positive number, not {text}")
-    return value
+def like(
+    pattern: str, example: str, convert: Callable[[str], Any] = str
+) -> Callable[[str], Any]:
+    """A check of the form. What is wrong is not repeated: it may be a secret."""
 
+    def check(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if re.fullmatch(pattern, text):
+                return convert(text)
+        raise ArgumentTypeError(f"must be like {example!r}")
 
-def positive_or_0(text: str) -> float:
-    return positive(text) if float(text) else 0.0
-
-
-def path(text: str) -> str:
-    if not text.startswith("/"):
-        raise ArgumentTypeError(f"must start with /, not {text!r}")
-    return text
-
-
-def command(text: str) -> str:
-    if not shlex.split(text):  # ValueError where a quotation is open
-        raise ValueError
-    return text
+    return check
 
 
 def base_url(text: str) -> str:
     with contextlib.suppress(httpx.InvalidURL, UnicodeError):
         url = httpx.URL(text)
         known = url.scheme in ("http", "https") and url.port in (None, *range(1, 65536))
-        if known and url.host and not url.query and not url.fragment:
+        if known and url.host and not (url.query or url.fragment or url.userinfo):
             return text.rstrip("/")
-    raise ArgumentTypeError(f"must be like http://127.0.0.1:8000, not {text!r}")
+    raise ArgumentTypeError(f"must be like {LOCAL_URL}")
 
 
 def output(text: str) -> Path:
@@ -546,79 +787,144 @@ def output(text: str) -> Path:
 
 
 def picture(text: str) -> Path:
-    if Path(text).suffix not in (".png", ".svg"):
+    if not text.endswith((".png", ".svg")):
         raise ArgumentTypeError(f"must end with .png or .svg, not {text!r}")
-    if not importlib.util.find_spec("matplotlib"):
-        raise ArgumentTypeError("needs matplotlib: pip install matplotlib")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ArgumentTypeError("needs matplotlib: pip install matplotlib") from None
     return output(text)
 
 
 def parse() -> Namespace:
-    parser = Parser(
-        prog="client.py",
-        description=__doc__,
-        formatter_class=lambda prog: HelpFormatter(prog, width=88),
-        allow_abbrev=False,
-    )
+    parser = Parser(allow_abbrev=False)
     add = parser.add_argument
-    text = "paths to measure, one after the other (default: /ping /pong)"
-    pair = ["/ping", "/pong"]
-    add("--endpoint", nargs="+", type=path, default=pair, metavar="PATH", help=text)
-    text = "where the server is (default: %(default)s)"
-    local = "http://127.0.0.1:8000"
-    add("--base-url", type=base_url, default=local, metavar="URL", help=text)
-    text = "start this server (in the foreground), measure, stop it; may be repeated"
-    add("--serve", action="append", type=command, metavar="COMMAND", help=text)
-    for flag, kind, n, unit, text in (
-        ("--duration", positive, 30, "S", "seconds of mixed load for each endpoint"),
-        ("--small-kb", positive, 1, "KB", "size of a small body, in 1000 bytes"),
-        ("--large-mb", positive, 25, "MB", "size of a large body, in 1000 kB"),
-        ("--rate", positive, 50, "HZ", "small requests per second"),
-        ("--pause", positive_or_0, 2, "S", "seconds between two large requests"),
-        ("--idle", positive_or_0, 3, "S", "seconds of small requests alone, first"),
-        ("--timeout", positive, 60, "S", "seconds until a request is an error"),
-    ):
-        add(flag, type=kind, default=n, metavar=unit, help=f"{text} (default: {n})")
-    text = "send a small request only after the last one's answer: hides stalls"
-    add("--closed-loop", action="store_true", help=text)
-    text = "client: one httpx client, a new connection per request; connection: "
-    text += "keep-alive; none: a new httpx client on every call (default: client)"
-    ways = ["client", "connection", "none"]
-    add("--reuse", choices=ways, default="client", help=text)
-    text = "write every sample, the parameters, versions and machine"
-    add("--json", type=output, metavar="FILE", help=text)
-    text = "draw latency over time, .png or .svg (needs matplotlib)"
-    add("--plot", type=picture, metavar="FILE", help=text)
+    add("--endpoint", nargs="+", type=like(r"/\S*", "/ping"))
+    for flag in ("--small", "--large"):
+        add(flag, type=like(REQUEST, "POST /documents @big.json"))
+    add("--header", action="append", default=[], type=like(HEADER, "Name: value"))
+    add("--base-url", type=base_url)
+    command = like(
+        r".*\S.*", "uvicorn app:app", lambda text: shlex.split(text) and text
+    )
+    add("--serve", action="append", type=command)
+    for flag, default in {"--duration": 20, "--rate": 50, "--timeout": 60}.items():
+        add(flag, type=like(POSITIVE, "20", float), default=default)
+    for flag, default in {"--small-kb": 1, "--large-mb": 25}.items():
+        add(flag, type=like(POSITIVE, "25", float), default=default)
+    for flag, default in {"--idle": 3, "--pause": 2}.items():
+        add(flag, type=like(POSITIVE_OR_0, "2", float), default=default)
+    add("--uploads", nargs="+", type=like("[1-9][0-9]{0,2}", "4", int), default=[1])
+    ways = ["new", "keep-alive", "new-client"]
+    add("--connections", choices=ways, default="new")
+    add("--closed-loop", action="store_true")
+    condition = like(CONDITION, "during p95 > 50")
+    add("--fail-if", action="append", default=[], type=condition)
+    add("--json", type=output)
+    add("--plot", type=picture)
     options = parser.parse_args()
+    if bool(options.small) != bool(options.large) or (
+        options.small and options.endpoint
+    ):
+        parser.error("use --endpoint, or --small and --large together")
     requests = options.rate * (options.idle + options.duration)
-    size_mb = max(options.small_kb / 1000, options.large_mb)
-    if requests > MAX_REQUESTS or size_mb > MAX_SIZE_MB:
+    if (
+        requests > MAX_REQUESTS
+        or options.small_kb / 1000 + options.large_mb > MAX_SIZE_MB
+    ):
         parser.error(f"more than {MAX_REQUESTS} requests, or {MAX_SIZE_MB} MB")
     return options
 
 
-async def measure_all(
-    options: Namespace, small: Body, large: Body, runs: list[Run]
-) -> None:
+def calls_of(options: Namespace, url: str) -> list[tuple[str, Call, Call]]:
+    """The name, the small and the large request of each endpoint."""
+    headers = httpx.Headers([re.findall(f"^{HEADER}$", h)[0] for h in options.header])
+    json_headers = httpx.Headers({"Content-Type": "application/json"})
+    json_headers.update(headers)
+
+    def call(
+        label: str, method: str, path: str, content: bytes | None, expected: Any = None
+    ) -> Call:
+        fields = headers if content is None else json_headers
+        request = httpx.Request(method, url + path, headers=fields, content=content)
+        return Call(label, request, expected)
+
+    own = []
+    for text in filter(None, (options.small, options.large)):
+        method, path, file = re.findall(f"^{REQUEST}$", text)[0]
+        label, content = f"{method} {path}", None
+        if file:
+            content = Path(file).read_bytes()
+            size_kb = len(content) / 1000
+            size = f"{size_kb / 1000:.3g} MB" if size_kb >= 100 else f"{size_kb:.3g} kB"
+            label += f", {size}"
+        own.append(call(label, method, path, content))
+    if own:
+        return [(f"{own[1].label}; {own[0].label}", own[0], own[1])]
+    small_body = make_body("small", round(1000 * options.small_kb))
+    large_body = make_body("large", round(1_000_000 * options.large_mb))
+    calls = []
+    for path in options.endpoint or ENDPOINTS:
+        small = call(f"{options.small_kb:g} kB", "POST", path, *small_body)
+        large = call(f"{options.large_mb:g} MB", "POST", path, *large_body)
+        calls.append((path, small, large))
+    return calls
+
+
+async def measure_all(options: Namespace, runs: list[Run]) -> None:
     """Fill `runs`, and report on each as soon as it is over or interrupted."""
     task = asyncio.current_task()
     assert task
     for signum in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(signum, task.cancel)
+    url = httpx.URL(options.base_url or LOCAL_URL)
+    targets = list(itertools.product(calls_of(options, str(url)), options.uploads))
+    how: list[Any] = [options.duration, options.idle, options.rate, options.pause]
+    how += [options.timeout, options.closed_loop]
+    gc.freeze()  # spares the collector all that is here to stay
     for serve in options.serve or [None]:
-        with server_at(options.base_url, serve) as (name, process):
-            for endpoint in options.endpoint:
-                async with new_client(options.reuse) as client:
-                    run = Run(name, endpoint, options, small, large, client)
-                    progress = asyncio.create_task(run.show_progress())
+        first = len(runs)
+        with server_at(url, serve, may_start=not options.base_url) as (name, server):
+            for (endpoint, small, large), uploads in targets:
+                client = open_client(url, options.connections)
+                load = Load(client, small, large, uploads, *how)
+                labels = small.label, large.label
+                run = Run(mask(name), endpoint, uploads, *labels, load.samples)
+                progress = asyncio.create_task(
+                    load.show_progress(f"{name}, {run.title}")
+                )
+                try:
+                    await load.warm_up(server.is_running if server else None)
+                    run.started_s = time.time()
+                    runs.append(run)
                     try:
-                        await run.warm_up(process)
-                        runs.append(run)
-                        await run.measure()
+                        await load.measure()
                     finally:
-                        progress.cancel()
-                        if run in runs:
-                            report(run)
+                        report(run)
+                finally:
+                    progress.cancel()
+                    await client.aclose()
+        if server and server.peak_memory_mb:
+            say(
+                f"peak memory of the largest server process: {server.peak_memory_mb} MB"
+            )
+            for run in runs[first:]:
+                run.peak_memory_mb = server.peak_memory_mb
+
+
+def failed(conditions: Iterable[str], run: Run) -> Iterator[str]:
+    """Which conditions are true of a run or cannot be told, with the measured value."""
+    rows = summarize_all(run.samples)
+    late = {kind for kind, ms in LATE_MS.items() if lateness_ms(run.samples, kind) > ms}
+    for condition in conditions:
+        name, column, limit_ms = re.findall(CONDITION, condition)[0]
+        value_ms = rows[name][column]
+        if value_ms is None:
+            yield f"{name} {column} cannot be told: too few samples"
+        elif ("idle" if name == "idle" else "small") in late:
+            yield f"{name} {column} cannot be told ({value_ms} ms): the client was late"
+        elif value_ms > float(limit_ms):
+            yield f"{name} {column} is {value_ms} ms, over {limit_ms} ms"
 
 
 def report_all(options: Namespace, runs: Sequence[Run]) -> None:
@@ -628,36 +934,38 @@ def report_all(options: Namespace, runs: Sequence[Run]) -> None:
         print(format_table(runs), end="", flush=True)
     finally:
         if options.json:
-            content = orjson.dumps(to_json(options, runs), default=str)
-            options.json.write_bytes(content)
+            shown = {text: text.partition(":")[0] + ": ***" for text in options.header}
+            shown |= {f"--header={text}": f"--header={h}" for text, h in shown.items()}
+            words = ["python", *(shown.get(word, word) for word in sys.argv)]
+            command = shlex.join(words).encode(errors="replace").decode()
+            parameters = vars(options) | {"header": [shown[h] for h in options.header]}
+            about = {"command": mask(command), "parameters": parameters}
+            options.json.write_bytes(to_json(runs, about))
         if options.plot:
             plot(runs, options.plot)
 
 
 def main() -> int:
     options = parse()
-    loop = "closed loop" if options.closed_loop else "open loop"
-    say(
-        f"{' '.join(options.endpoint)}: {options.idle:g} s idle and {options.duration:g} s "
-        f"of load each; {options.small_kb:g} kB at {options.rate:g}/s, {loop}; "
-        f"{options.large_mb:g} MB with {options.pause:g} s between; "
-        f"reuse: {options.reuse}; timeout {options.timeout:g} s"
-    )
+    for text in options.header:
+        value = text.partition(":")[2].strip()
+        SECRETS.extend(word for word in (value, *value.split()[-1:]) if len(word) > 3)
     # Requests pile up behind a stalled server, and each holds a file descriptor.
     with contextlib.suppress(ValueError, OSError):
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536), hard))
     runs: list[Run] = []
     try:
-        small = make_body("small", round(1000 * options.small_kb))
-        large = make_body("large", round(1_000_000 * options.large_mb))
-        gc.freeze()  # spares the collector all that is here to stay
         try:
-            asyncio.run(measure_all(options, small, large, runs))
+            asyncio.run(measure_all(options, runs))
         finally:
             if runs:
                 report_all(options, runs)
-        return int(any(sample.error for run in runs for sample in run.samples))
+        missed = [(run, why) for run in runs for why in failed(options.fail_if, run)]
+        for run, why in missed:
+            say(f"--fail-if: {run.server}, {run.title}: {why}")
+        errors = any(sample.error for run in runs for sample in run.samples)
+        return 3 if missed else int(errors)
     except BrokenPipeError:  # whoever read stdout is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -1,59 +1,75 @@
-"""The two streams of client.py from as many machines as it takes, with Locust.
-
-    locust -f distributed/locustfile.py --headless --processes 2 -u 2 -t 60 -s 60 -H URL
+"""The two streams of client.py from as many machines as it takes; see README.md here.
 
 Of the users (-u) half are small, half are large. A small one sends --rate requests per
 second, open loop: each in a greenlet of its own, its response time counted from when it was
-due, so that a stall counts for everybody whom it delayed. A large one sends one body at a
-time, and pauses for --pause seconds. Every answer is checked.
+due, so that a stall counts for everybody whom it delayed. A large one sends one request at a
+time, and pauses for --pause seconds. Answers are checked as client.py does.
 """
 
 import random
 import sys
 import time
-from functools import cache
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import gevent
 from gevent.pool import Group
 from locust import FastHttpUser, constant, events, task
+from locust.env import Environment
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from client import Body, classify, make_body
+import client
 
-cached_body = cache(make_body)
+calls: list[client.Call] = []  # small and large: made once, before any is due
 
 
-# Locust does not annotate the decorator.
+# Locust does not annotate its decorators.
 @events.init_command_line_parser.add_listener  # type: ignore[untyped-decorator]
 def add_arguments(parser: Any) -> None:
     add = parser.add_argument
-    add("--endpoint", default="/ping", help="path to measure")
+    add("--endpoint", default="/ping", help="path of the demo to measure")
+    add("--small", default="", help="your own small request: METHOD PATH [@FILE]")
+    add("--large", default="", help="your own large request")
+    text = "'Name: value' for your own requests; may be repeated"
+    secret = {"is_secret": True, "include_in_web_ui": False}
+    add("--header", action="append", default=[], help=text, **secret)
     add("--rate", type=float, default=50, help="requests per second of a small user")
     add("--pause", type=float, default=2, help="seconds between two large requests")
     add("--small-kb", type=float, default=1, help="size of a small body, in 1000 bytes")
     add("--large-mb", type=float, default=25, help="size of a large body, in 1000 kB")
 
 
+@events.test_start.add_listener  # type: ignore[untyped-decorator]
+def make_calls(environment: Environment, **_: Any) -> None:
+    given = vars(environment.parsed_options)
+    options = Namespace(**given | {"endpoint": [given["endpoint"]]})
+    url = environment.host or "http://localhost"
+    calls[:] = client.calls_of(options, url)[0][1:]
+
+
 class Sender(FastHttpUser):
     abstract = True
     concurrency = 10_000  # connections: no request waits for another one's
 
-    def on_start(self) -> None:
-        self.options = self.environment.parsed_options
-        # Both at once: to make the large one takes seconds, when no small one may be due.
-        self.small = cached_body("small", round(1000 * self.options.small_kb))
-        self.large = cached_body("large", round(1_000_000 * self.options.large_mb))
-
-    def send(self, body: Body, due_s: float) -> None:
-        path, name = self.options.endpoint, body.expected["name"]
-        headers = {"Content-Type": "application/json", "Connection": "close"}
-        content: Any = body.content  # Locust's annotation has no bytes
-        with self.client.post(
-            path, name=name, data=content, headers=headers, catch_response=True
+    def send(self, name: str, due_s: float) -> None:
+        call = calls[name == "large"]
+        request, expected = call.request, call.expected
+        content: Any = (
+            request.content
+        )  # Locust takes bytes, whatever its annotation says
+        headers = {"Connection": "close", **request.headers}
+        del headers["host"]
+        with self.client.request(
+            request.method,
+            request.url.raw_path.decode(),
+            name=name,
+            data=content,
+            headers=headers,
+            catch_response=True,
         ) as response:
-            if error := classify(response.status_code, response.content, body.expected):
+            answer = response.content or b""
+            if error := client.classify(response.status_code, answer, expected):
                 response.failure(getattr(response, "error", None) or error)
             latency_ms = 1000 * (time.perf_counter() - due_s)
             response.request_meta["response_time"] = latency_ms
@@ -63,16 +79,16 @@ class Small(Sender):
     wait_time = constant(0)
 
     def on_start(self) -> None:
-        super().on_start()
         self.sent = Group()
-        # Not all users at the same instants, which would meet a stall or miss it together.
-        self.due_s = time.perf_counter() + random.random() / self.options.rate
+        self.begun_s, self.slot = time.perf_counter(), 0
+        self.rate_hz = self.environment.parsed_options.rate
 
     @task
     def send_next(self) -> None:
-        gevent.sleep(max(0, self.due_s - time.perf_counter()))
-        self.sent.spawn(self.send, self.small, self.due_s)
-        self.due_s += 1 / self.options.rate
+        due_s = self.begun_s + (self.slot + random.random()) / self.rate_hz
+        self.slot += 1
+        gevent.sleep(max(0, due_s - time.perf_counter()))
+        self.sent.spawn(self.send, "small", due_s)
 
     def on_stop(self) -> None:
         self.sent.join()
@@ -81,7 +97,7 @@ class Small(Sender):
 class Large(Sender):
     @task
     def send_one(self) -> None:
-        self.send(self.large, time.perf_counter())
+        self.send("large", time.perf_counter())
 
     def wait_time(self) -> Any:
-        return self.options.pause
+        return self.environment.parsed_options.pause
