@@ -195,17 +195,16 @@ class Connection(asyncio.StreamReaderProtocol):
         while not isinstance(event := self.http.next_event(), h11.EndOfMessage):
             if event is h11.NEED_DATA:
                 data = await self.reader.read(CHUNK_BYTES)
-                async with (
-                    self.turn
-                ):  # one in a turn of the loop, which stamps in between
+                # One answer in each turn of the loop, which stamps others in between.
+                async with self.turn:
                     self.http.receive_data(data)
             elif isinstance(event, h11.Response):
                 status, headers = event.status_code, event.headers.raw_items()
             elif isinstance(event, h11.Data):
                 answer += event.data
-        stamp = {"arrived_s": self.arrived_s}
+        content, stamp = bytes(answer), {"arrived_s": self.arrived_s}
         return httpx.Response(
-            status, headers=headers, content=bytes(answer), extensions=stamp
+            status, headers=headers, content=content, extensions=stamp
         )
 
 
@@ -269,10 +268,9 @@ def port_of(url: httpx.URL) -> int:
 
 
 def open_client(url: httpx.URL, connections: str) -> httpx.AsyncClient:
-    new_client, keep_alive = connections == "new-client", connections == "keep-alive"
-    transport = (
-        NewClientTransport() if new_client else StampingTransport(url, keep_alive)
-    )
+    transport: httpx.AsyncBaseTransport = NewClientTransport()
+    if connections != "new-client":
+        transport = StampingTransport(url, connections == "keep-alive")
     return httpx.AsyncClient(transport=transport, timeout=None)
 
 
@@ -405,12 +403,10 @@ class Load:
         for kind, call in (("small", self.small), ("large", self.large)):
             if not all(sample.error for sample in select(self.samples, kind)):
                 continue
-            if error := (
-                await self.send(kind)
-            ).error:  # not only every second one fails
-                what = f"{call.request.method} {call.request.url}"
-                why = f"{error}, {self.refusals[kind]}"
-                raise Failure(f"no success in the warm-up: {what}: {why}")
+            # Once more: it may be that only every second one fails.
+            if error := (await self.send(kind)).error:
+                what = f"{call.request.method} {call.request.url}: {error}"
+                raise Failure(f"no warm-up success: {what}, {self.refusals[kind]}")
         await asyncio.sleep(1)
 
     async def measure(self) -> None:
@@ -444,16 +440,12 @@ class Server:
 
     peak_memory_mb: float | None = None  # of its largest process, once it has ended
 
-    def __init__(
-        self, command: Sequence[str], cwd: Path | None, log: IO[bytes]
-    ) -> None:
+    def __init__(self, command: list[str], cwd: Path | None, log: IO[bytes]) -> None:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        env = os.environ | {"PATH": path}
-        streams: dict[str, Any] = {"stdin": DEVNULL, "stdout": log, "stderr": log}
+        how: dict[str, Any] = {"cwd": cwd, "env": os.environ | {"PATH": path}}
+        how |= {"stdin": DEVNULL, "stdout": log, "stderr": log}
         try:
-            self.process = Popen(
-                command, cwd=cwd, env=env, start_new_session=True, **streams
-            )
+            self.process = Popen(command, start_new_session=True, **how)
         except OSError as exc:
             raise Failure(f"cannot start {command[0]}: {exc.strerror}") from None
         # Its input ends when stop() closes it or this process ends, even by SIGKILL: then
@@ -613,12 +605,11 @@ def in_words(run: Run, rows: dict[str, Row]) -> str:
 
     if rows["during"]["max"] is None:
         return (
-            "no small request was answered that was due while a large one was in flight"
+            "no small request was answered of those due while a large one was in flight"
         )
-    demo = run.endpoint.startswith("/")
-    large, small = (
-        ("a large request", "a small one") if demo else (run.large, run.small)
-    )
+    large, small = run.large, run.small
+    if run.endpoint.startswith("/"):  # of the demo
+        large, small = "a large request", "a small one"
     text = f"while {large} was in flight {small} waited {time_of('during', 'median')} "
     text += f"(median), {time_of('during', 'max')} at most"
     if rows["idle"]["max"] is not None:
@@ -722,16 +713,13 @@ def plot(runs: Sequence[Run], file: Path) -> None:
         axis.annotate(text, (0.98, 0.9), **place, **style)
         del style["bbox"]
         axis.set_title(run.title, loc="left", pad=18, **style)
-        axis.annotate(
-            run.server[: 130 // across], (0, 1.02), xycoords="axes fraction", size=8
-        )
+        place["ha"] = "left"
+        axis.annotate(run.server[: 130 // across], (0, 1.02), **place, size=8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", alpha=0.4)
         axis.set_ylim(bottom=0)
-    figure.supxlabel(
-        "when a small request was due, seconds since the load began", size=10
-    )
-    figure.supylabel("it waited, seconds", size=10)
+    figure.supxlabel("when a small request was due, seconds since the load began")
+    figure.supylabel("it waited, seconds")
     names, handles = list(legend), list(legend.values())
     figure.legend(handles, names, loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(file, dpi=110)
@@ -770,6 +758,13 @@ def like(
     return check
 
 
+def command(text: str) -> str:
+    with contextlib.suppress(ValueError):
+        if shlex.split(text):
+            return text
+    raise ArgumentTypeError("must be like 'uvicorn app:app'")
+
+
 def base_url(text: str) -> str:
     with contextlib.suppress(httpx.InvalidURL, UnicodeError):
         url = httpx.URL(text)
@@ -804,16 +799,12 @@ def parse() -> Namespace:
         add(flag, type=like(REQUEST, "POST /documents @big.json"))
     add("--header", action="append", default=[], type=like(HEADER, "Name: value"))
     add("--base-url", type=base_url)
-    command = like(
-        r".*\S.*", "uvicorn app:app", lambda text: shlex.split(text) and text
-    )
     add("--serve", action="append", type=command)
-    for flag, default in {"--duration": 20, "--rate": 50, "--timeout": 60}.items():
-        add(flag, type=like(POSITIVE, "20", float), default=default)
-    for flag, default in {"--small-kb": 1, "--large-mb": 25}.items():
-        add(flag, type=like(POSITIVE, "25", float), default=default)
-    for flag, default in {"--idle": 3, "--pause": 2}.items():
-        add(flag, type=like(POSITIVE_OR_0, "2", float), default=default)
+    numbers = {"duration": 20, "rate": 50, "timeout": 60, "small-kb": 1, "large-mb": 25}
+    for name, default in numbers.items():
+        add(f"--{name}", type=like(POSITIVE, str(default), float), default=default)
+    for name, default in {"idle": 3, "pause": 2}.items():
+        add(f"--{name}", type=like(POSITIVE_OR_0, "2", float), default=default)
     add("--uploads", nargs="+", type=like("[1-9][0-9]{0,2}", "4", int), default=[1])
     ways = ["new", "keep-alive", "new-client"]
     add("--connections", choices=ways, default="new")
@@ -823,17 +814,21 @@ def parse() -> Namespace:
     add("--json", type=output)
     add("--plot", type=picture)
     options = parser.parse_args()
-    if bool(options.small) != bool(options.large) or (
-        options.small and options.endpoint
-    ):
+    both, either = options.small and options.large, options.small or options.large
+    if either and not both or either and options.endpoint:
         parser.error("use --endpoint, or --small and --large together")
     requests = options.rate * (options.idle + options.duration)
-    if (
-        requests > MAX_REQUESTS
-        or options.small_kb / 1000 + options.large_mb > MAX_SIZE_MB
-    ):
+    size_mb = options.small_kb / 1000 + options.large_mb
+    if requests > MAX_REQUESTS or size_mb > MAX_SIZE_MB:
         parser.error(f"more than {MAX_REQUESTS} requests, or {MAX_SIZE_MB} MB")
     return options
+
+
+def size(size_bytes: int) -> str:
+    for least, unit_bytes, unit in ((100_000, 1_000_000, "MB"), (1000, 1000, "kB")):
+        if size_bytes >= least:
+            return f"{size_bytes / unit_bytes:.4g} {unit}"
+    return f"{size_bytes} B"
 
 
 def calls_of(options: Namespace, url: str) -> list[tuple[str, Call, Call]]:
@@ -843,36 +838,50 @@ def calls_of(options: Namespace, url: str) -> list[tuple[str, Call, Call]]:
     json_headers.update(headers)
 
     def call(
-        label: str, method: str, path: str, content: bytes | None, expected: Any = None
+        method: str, path: str, content: bytes | None, expected: Any = None
     ) -> Call:
-        fields = headers if content is None else json_headers
+        what = [] if expected else [f"{method} {path}"]
+        fields = headers
+        if content is not None:
+            what, fields = [*what, size(len(content))], json_headers
         request = httpx.Request(method, url + path, headers=fields, content=content)
-        return Call(label, request, expected)
+        return Call(", ".join(what), request, expected)
 
-    own = []
-    for text in filter(None, (options.small, options.large)):
+    def own(text: str) -> Call:
         method, path, file = re.findall(f"^{REQUEST}$", text)[0]
-        label, content = f"{method} {path}", None
-        if file:
-            content = Path(file).read_bytes()
-            size_kb = len(content) / 1000
-            size = f"{size_kb / 1000:.3g} MB" if size_kb >= 100 else f"{size_kb:.3g} kB"
-            label += f", {size}"
-        own.append(call(label, method, path, content))
-    if own:
-        return [(f"{own[1].label}; {own[0].label}", own[0], own[1])]
+        return call(method, path, Path(file).read_bytes() if file else None)
+
+    if options.small:
+        small, large = own(options.small), own(options.large)
+        return [(f"{large.label}; {small.label}", small, large)]
     small_body = make_body("small", round(1000 * options.small_kb))
     large_body = make_body("large", round(1_000_000 * options.large_mb))
-    calls = []
-    for path in options.endpoint or ENDPOINTS:
-        small = call(f"{options.small_kb:g} kB", "POST", path, *small_body)
-        large = call(f"{options.large_mb:g} MB", "POST", path, *large_body)
-        calls.append((path, small, large))
-    return calls
+    return [
+        (path, call("POST", path, *small_body), call("POST", path, *large_body))
+        for path in options.endpoint or ENDPOINTS
+    ]
+
+
+async def measure_one(
+    load: Load, run: Run, runs: list[Run], is_running: Callable[[], bool] | None
+) -> None:
+    """Add a run to `runs`, and report on it when it is over or interrupted."""
+    name = f"{run.server}, {run.title}"
+    progress = asyncio.create_task(load.show_progress(name))
+    try:
+        await load.warm_up(is_running)
+        run.started_s = time.time()
+        runs.append(run)
+        try:
+            await load.measure()
+        finally:
+            report(run)
+    finally:
+        progress.cancel()
+        await load.client.aclose()
 
 
 async def measure_all(options: Namespace, runs: list[Run]) -> None:
-    """Fill `runs`, and report on each as soon as it is over or interrupted."""
     task = asyncio.current_task()
     assert task
     for signum in (signal.SIGINT, signal.SIGTERM):
@@ -890,26 +899,13 @@ async def measure_all(options: Namespace, runs: list[Run]) -> None:
                 load = Load(client, small, large, uploads, *how)
                 labels = small.label, large.label
                 run = Run(mask(name), endpoint, uploads, *labels, load.samples)
-                progress = asyncio.create_task(
-                    load.show_progress(f"{name}, {run.title}")
+                await measure_one(
+                    load, run, runs, server.is_running if server else None
                 )
-                try:
-                    await load.warm_up(server.is_running if server else None)
-                    run.started_s = time.time()
-                    runs.append(run)
-                    try:
-                        await load.measure()
-                    finally:
-                        report(run)
-                finally:
-                    progress.cancel()
-                    await client.aclose()
-        if server and server.peak_memory_mb:
-            say(
-                f"peak memory of the largest server process: {server.peak_memory_mb} MB"
-            )
+        if server and (peak_mb := server.peak_memory_mb):
+            say(f"peak memory of the largest server process: {peak_mb} MB")
             for run in runs[first:]:
-                run.peak_memory_mb = server.peak_memory_mb
+                run.peak_memory_mb = peak_mb
 
 
 def failed(conditions: Iterable[str], run: Run) -> Iterator[str]:
