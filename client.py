@@ -5,31 +5,33 @@
   python client.py --serve "gunicorn -w 4 -k asgi server:app" --serve ...
   python client.py --base-url URL --small "GET /health" --large "POST /documents @big.json"
 
-For each server and endpoint stdout gets a dict to paste and a line that says it in words,
-at the end a Markdown table; latencies in ms. The classes and words in them:
+stdout gets, for each server and endpoint, a dict to paste and a line that says it in words,
+then a Markdown table; latencies are in ms. The terms:
 
   idle      small requests with no large one in flight: the baseline
   small     small requests while large ones come and go. Open loop: each is due at a random
             moment of its own slot of 1/rate, whatever happened to the ones before it;
-            latency = arrival of the answer - due time, so a stall counts for everybody
-            whom it delayed
+            latency = arrival of the answer - due time, so a stall counts against every
+            request that it delays
   during    those of `small` that were due while a large one was in flight
-  large     latency = arrival of the answer - start of sending
+  large     latency = arrival of the answer - start of sending, connecting included
   arrival   when the last byte reaches the client's process, not when a task gets its turn
+            (but --connections new-client)
   lateness  how long after its due time the client began to act on a small request; a p99
             above 5 ms in the idle phase, or 20 ms in the mixed one, is a warning
-  errors    wrong answer, bad status, timeout, refused or broken connection: counted by
-            kind and shown; a timeout's waiting time is in the percentiles
+  errors    wrong answer, bad status, timeout, refused, broken or interrupted connection:
+            counted by kind and shown; a timeout's waiting time is in the percentiles
   None, -   too few samples: p90 needs 10, p95 20, p99 100
 
 What is measured:
-  --endpoint PATH ...     paths of the demo: bodies are made, answers checked
+  --endpoint PATH ...     paths of the demo: bodies are generated, answers checked
                           (default: /ping /pong "/pong?offload=process")
   --small, --large "METHOD PATH [@FILE]"
                           your own requests instead; any 2xx is right
-  --header "Name: value"  sent with every request; its value appears in no output *
-  --base-url URL          the server (default: http://127.0.0.1:8000, or else the demo's)
-  --serve COMMAND         start this server (in the foreground), measure, stop it *
+  --header "Name: value"  sent with every request, its value masked in all output (repeat)
+  --base-url URL          the server (default: http://127.0.0.1:8000, where the demo is
+                          started if nothing listens)
+  --serve COMMAND         start this server (in the foreground), measure, stop it (repeat)
 How:
   --duration S, --idle S  seconds of mixed load (20), and of small requests alone (3)
   --small-kb KB, --large-mb MB
@@ -37,21 +39,20 @@ How:
   --rate HZ               small requests per second (50)
   --uploads N ...         large requests in flight at once; several numbers are measured
                           one after the other (1)
-  --pause S               from the end of a large request to the next of its stream (2)
-  --timeout S             until a request is an error (60)
+  --pause S               between two large requests of one stream (2)
+  --timeout S             seconds before a request counts as failed (60)
   --connections new | keep-alive | new-client
-                          one per request (default), kept ones, or a new httpx client too
+                          one per request (default), reused, or a new httpx client each
   --closed-loop           no small request while another waits: hides stalls
-What comes of it:
+Output:
   --fail-if "during p95 > 50"
-                          exit with 3 if a class's statistic is above so many ms *
+                          exit with 3 if a statistic of a class is over so many ms (repeat)
   --json FILE             every sample, the parameters, versions and machine
   --plot FILE             how long small requests waited, .png or .svg (needs matplotlib)
-                                                                      * may be repeated
 
-A warm-up (10 small, 1 large for each upload at once) is not counted. Exit status: 0 all
-requests succeeded, 1 some failed, 2 wrong usage, no server, or a warm-up without success,
-3 a --fail-if is true or cannot be told, 130 interrupted (statistics so far are printed).
+A warm-up (10 small, 1 large per upload at once) is not counted. Exit status: 0 all requests
+succeeded, 1 some failed, 2 wrong usage, no server, or a warm-up without success, 3 a
+--fail-if is true or cannot be told, 130 interrupted (statistics so far are printed).
 """
 
 import asyncio
@@ -59,6 +60,7 @@ import contextlib
 import gc
 import importlib.metadata
 import itertools
+import json
 import math
 import os
 import platform
@@ -117,20 +119,20 @@ def make_body(name: str, size_bytes: int) -> Body:
 
     Raises ValueError if `size_bytes` is too small even for empty `data`.
     """
-    data: dict[str, int] = {}
-    room = size_bytes - len(orjson.dumps({"name": name, "data": data}))
-    if room < 0:
-        raise ValueError(f"a {name} body takes at least {size_bytes - room} bytes")
-    rng = random.Random(0)
+    content = bytearray(b'{"name":"%s","data":{' % name.encode())
+    if size_bytes < (least_bytes := len(content) + 2):
+        raise ValueError(f"a {name} body takes at least {least_bytes} bytes")
+    rng, count, maxval = random.Random(0), 0, 0
     for key in map("".join, itertools.product(string.ascii_lowercase, repeat=10)):
         value = 1 + int(1_000_000 * rng.random())
-        room -= len(f'"{key}":{value},')
-        if room < -1:  # the last entry has no comma
+        entry = f'"{key}":{value},'.encode()
+        if len(content) + len(entry) + 1 > size_bytes:  # the last one loses its comma
             break
-        data[key] = value
-    content = orjson.dumps({"name": name, "data": data}).ljust(size_bytes)
-    maxval = max(data.values(), default=0)
-    return Body(content, {"name": name, "count": len(data), "maxval": maxval})
+        content += entry
+        count, maxval = count + 1, max(maxval, value)
+    content = content.removesuffix(b",") + b"}}"
+    expected = {"name": name, "count": count, "maxval": maxval}
+    return Body(bytes(content.ljust(size_bytes)), expected)
 
 
 class Call(NamedTuple):
@@ -143,10 +145,12 @@ class Call(NamedTuple):
 
 def classify(status: int, content: bytes, expected: Any = None) -> str | None:
     """What is wrong with an answer, or None."""
-    if status != 200 if expected else not 200 <= status < 300:
+    if expected is None:
+        return None if 200 <= status < 300 else f"status {status}"
+    if status != 200:
         return f"status {status}"
     with contextlib.suppress(orjson.JSONDecodeError):
-        if not expected or orjson.loads(content) == expected:
+        if orjson.loads(content) == expected:
             return None
     return "wrong answer"
 
@@ -154,7 +158,9 @@ def classify(status: int, content: bytes, expected: Any = None) -> str | None:
 # Exchange: one HTTP request and its answer, stamped on arrival.
 
 CHUNK_BYTES = 256 * 1024
-KEPT_S = 1  # a connection that the server closes first would look like a fault
+KEPT_S = (
+    1  # less than servers keep one, as one that they just closed looks like a fault
+)
 
 
 class Connection(asyncio.StreamReaderProtocol):
@@ -175,6 +181,9 @@ class Connection(asyncio.StreamReaderProtocol):
     def data_received(self, data: bytes) -> None:
         self.arrived_s = time.perf_counter()
         super().data_received(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(None)  # an answer before a reset can still be read
 
     async def exchange(self, request: httpx.Request) -> httpx.Response:
         method, target = request.method, request.url.raw_path
@@ -198,6 +207,7 @@ class Connection(asyncio.StreamReaderProtocol):
                 # One answer in each turn of the loop, which stamps others in between.
                 async with self.turn:
                     self.http.receive_data(data)
+                    await asyncio.sleep(0)
             elif isinstance(event, h11.Response):
                 status, headers = event.status_code, event.headers.raw_items()
             elif isinstance(event, h11.Data):
@@ -223,7 +233,7 @@ class StampingTransport(httpx.AsyncBaseTransport):
         self.kept: list[tuple[float, Connection]] = []
         self.turn = asyncio.Lock()
 
-    async def connect(self) -> Connection:
+    async def acquire(self) -> Connection:
         while self.kept:
             since_s, kept = self.kept.pop()
             if time.perf_counter() - since_s < KEPT_S and not kept.reader.at_eof():
@@ -238,7 +248,7 @@ class StampingTransport(httpx.AsyncBaseTransport):
         return new
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        connection = await self.connect()
+        connection = await self.acquire()
         http = connection.http
         try:
             response = await connection.exchange(request)
@@ -289,7 +299,7 @@ def due_offsets_s(rate_hz: float, duration_s: float) -> list[float]:
 
 # Load: warm-up, idle phase, mixed phase; each request becomes a sample.
 
-START_S, CONNECT_S = 30, 5  # to the first answer of a server just started, of another
+START_S, CONNECT_S = 30, 5  # for the first answer: of a server started here, of another
 
 
 class Sample(NamedTuple):
@@ -303,7 +313,9 @@ class Sample(NamedTuple):
     stages_ms: dict[str, float]  # Server-Timing of a large request
 
     @property
-    def latency_ms(self) -> float:
+    def latency_ms(
+        self,
+    ) -> float:  # from send_small or send to Connection.data_received
         return 1000 * (self.done_s - self.due_s)
 
 
@@ -325,7 +337,7 @@ class Load:
     phase: str = "warm-up"
     in_flight: int = 0
     errors: int = 0
-    refusals: dict[str, str] = field(default_factory=dict)  # what the last error said
+    last_error: dict[str, str] = field(default_factory=dict)  # by kind, in words
     origin_s: float = field(default_factory=time.perf_counter)
 
     def now_s(self) -> float:
@@ -344,15 +356,15 @@ class Load:
             arrived_s = response.extensions.get("arrived_s", time.perf_counter())
             done_s = round(arrived_s - self.origin_s, 6)
             if error := classify(response.status_code, response.content, call.expected):
-                self.refusals[kind] = " ".join(response.text[:200].split())
+                self.last_error[kind] = " ".join(response.text[:200].split())
             elif kind == "large":
                 timing = response.headers.get("Server-Timing", "")
                 found = re.findall(r"([\w-]+)[^,]*?;dur=(\d+\.?\d*)", timing)
                 stages_ms = {stage: float(ms) for stage, ms in found}
         except TimeoutError:
-            error = self.refusals[kind] = "timeout"
+            error = self.last_error[kind] = "timeout"
         except (OSError, h11.ProtocolError, httpx.HTTPError) as exc:
-            error, self.refusals[kind] = type(exc).__name__, str(exc)
+            error, self.last_error[kind] = type(exc).__name__, str(exc)
         finally:
             self.in_flight -= 1
             self.errors += error is not None
@@ -392,7 +404,7 @@ class Load:
             if error.startswith(("status", "wrong")):
                 break
             if self.now_s() > give_up_s or is_running and not is_running():
-                why = f"{self.small.request.url}: {error}, {self.refusals['small']}"
+                why = f"{self.small.request.url}: {error}, {self.last_error['small']}"
                 tls = " (SSL_CERT_FILE names a private CA)" if "certif" in why else ""
                 raise Failure(f"no HTTP answer from {why}{tls}")
             await asyncio.sleep(0.1)
@@ -406,7 +418,7 @@ class Load:
             # Once more: it may be that only every second one fails.
             if error := (await self.send(kind)).error:
                 what = f"{call.request.method} {call.request.url}: {error}"
-                raise Failure(f"no warm-up success: {what}, {self.refusals[kind]}")
+                raise Failure(f"no warm-up success: {what}, {self.last_error[kind]}")
         await asyncio.sleep(1)
 
     async def measure(self) -> None:
@@ -493,8 +505,7 @@ def server_at(
     name, cwd = serve or "uvicorn server:app", None if serve else Path(__file__).parent
     command = shlex.split(name)
     if not serve:
-        where = ["--host", url.host, "--port", str(port_of(url)), "--no-access-log"]
-        command = [sys.executable, "-m", *command, *where]
+        command = [sys.executable, "-m", *command, "--no-access-log"]
     say(f"nothing listens at {url}, starting: {shlex.join(command)}")
     with tempfile.TemporaryFile() as log:
         server = Server(command, cwd, log)
@@ -513,7 +524,15 @@ def server_at(
 
 CLASSES = ("idle", "small", "during", "large")
 COLUMNS = ("min", "median", "mean", "p90", "p95", "p99", "max")
-LATE_MS = {"idle": 5, "small": 20}  # the kinds that are due, and when to warn
+PERCENTILES = {  # which one, and the least number of samples that it takes
+    "min": (0, 1),
+    "median": (50, 1),
+    "p90": (90, 10),
+    "p95": (95, 20),
+    "p99": (99, 100),
+    "max": (100, 1),
+}
+LATE_MS = {"idle": 5, "small": 20}  # when to warn, of the kinds that have a schedule
 
 Row = dict[str, float | None]
 
@@ -530,12 +549,10 @@ def summarize(
     values_ms = [*latencies_ms, *waited_ms]
     row: Row = dict.fromkeys(COLUMNS)
     if values_ms:
-        for q, column in ((0, "min"), (50, "median"), (100, "max")):
-            row[column] = round(float(np.percentile(values_ms, q)), 1)
         row["mean"] = round(float(np.mean(values_ms)), 1)
-    for q in (90, 95, 99):
-        if len(values_ms) * (100 - q) >= 100:
-            row[f"p{q}"] = round(float(np.percentile(values_ms, q)), 1)
+    for column, (q, least) in PERCENTILES.items():
+        if len(values_ms) >= least:
+            row[column] = round(float(np.percentile(values_ms, q)), 1)
     return {"count": len(latencies_ms), **row, "errors": errors}
 
 
@@ -562,7 +579,7 @@ def summarize_all(samples: Sequence[Sample]) -> dict[str, Row]:
 
 
 def lateness_ms(samples: Iterable[Sample], kind: str) -> float:
-    """The p99 of the small requests of a phase, 0 without any."""
+    """The p99 of a kind that has a schedule; 0 without samples."""
     late_ms = [1000 * (s.sent_s - s.due_s) for s in samples if s.kind == kind]
     return float(np.percentile(late_ms, 99)) if late_ms else 0.0
 
@@ -586,16 +603,20 @@ class Run:
 
     server: str
     endpoint: str
-    uploads: int
     small: str
     large: str
+    uploads: int
     samples: list[Sample]
     started_s: float = 0  # since 1970
     peak_memory_mb: float | None = None
 
     @property
+    def at_once(self) -> str:
+        return f", {self.uploads} at once" if self.uploads > 1 else ""
+
+    @property
     def title(self) -> str:
-        return self.endpoint + (f", {self.uploads} at once" if self.uploads > 1 else "")
+        return self.endpoint + self.at_once
 
 
 def in_words(run: Run, rows: dict[str, Row]) -> str:
@@ -639,9 +660,8 @@ def format_table(runs: Iterable[Run]) -> str:
     titles += [name if name[0] == "p" else name.title() for name in COLUMNS]
     table = [titles, ["---"] * 3 + ["---:"] * (len(titles) - 3)]
     for run in runs:
-        at_once = run.title.removeprefix(run.endpoint)
         for name, row in summarize_all(run.samples).items():
-            label = run.large + at_once if name == "large" else run.small
+            label = run.large + run.at_once if name == "large" else run.small
             values = [row[column] for column in ("count", "errors", *COLUMNS)]
             cells = [f"{name} ({label})", run.server, run.endpoint]
             cells += ["-" if value is None else str(value) for value in values]
@@ -649,7 +669,7 @@ def format_table(runs: Iterable[Run]) -> str:
     return "".join("| " + " | ".join(row) + " |\n" for row in table)
 
 
-def to_json(runs: Sequence[Run], about: dict[str, Any]) -> bytes:
+def to_json(runs: Sequence[Run], about: dict[str, Any]) -> str:
     """Everything about the runs; `statistics` follow from `samples`."""
     cpu = platform.processor()
     with contextlib.suppress(OSError, IndexError):  # only Linux tells the model so
@@ -666,66 +686,68 @@ def to_json(runs: Sequence[Run], about: dict[str, Any]) -> bytes:
         "columns": Sample._fields,
         "runs": [
             vars(run)
-            | {"statistics": summarize_all(run.samples)}
-            | {"warnings": warnings_about(run.samples)}
-            | {"samples": list(map(list, run.samples))}
+            | {
+                "statistics": summarize_all(run.samples),
+                "warnings": warnings_about(run.samples),
+                "samples": list(map(list, run.samples)),
+            }
             for run in runs
         ],
     }
-    return orjson.dumps(content, default=str)
+    return json.dumps(content, default=str, separators=(",", ":"))
 
 
 def plot(runs: Sequence[Run], file: Path) -> None:
     """How long small requests waited, by when they were due: a panel for each run."""
     from matplotlib.figure import Figure
 
-    across = min(4, len({run.title for run in runs}))
+    across = 1 if len(runs) == 1 else 2 if len(runs) <= 4 else 4
     down = math.ceil(len(runs) / across)
-    figure = Figure(figsize=(12, 1 + 2.8 * down), layout="constrained")
+    figure = Figure(figsize=(3.8 * across, 1.2 + 2.3 * down), layout="constrained")
     axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
-    colors = "#d55e00", "#0072b2", "#aa4499", "#009e73"  # safe for the colour-blind
+    colors = "#d55e00", "#0072b2", "#cc79a7", "#009e73"  # safe for the colour-blind
+    titles = list(dict.fromkeys(run.title for run in runs))
     legend: dict[str, Any] = {}
-    for i, axis in enumerate(axes.flat):
-        if i >= len(runs):
+    for axis, run in itertools.zip_longest(axes.flat, runs):
+        if not run:
             axis.remove()
             continue
-        run, color = runs[i], colors[i % across]
+        color = colors[titles.index(run.title) % len(colors)]
         small, large = select(run.samples, "small"), select(run.samples, "large")
         begun_s = min((s.due_s for s in (*small, *large)), default=0)
         for s in large:
-            span = axis.axvspan(s.sent_s - begun_s, s.done_s - begun_s, color="#e9e3d3")
+            begin_s, end_s = s.sent_s - begun_s, s.done_s - begun_s
+            span = axis.axvspan(begin_s, end_s, color="#b09a50", alpha=0.25, lw=0)
             legend[f"large request in flight ({run.large})"] = span
-        for label, marker, shade in (
-            (f"small request ({run.small})", ".", color),
-            ("error", "x", "black"),
-        ):
+        for label, marker in ((f"small request ({run.small})", "."), ("error", "x")):
             shown = [s for s in small if (label == "error") == bool(s.error)]
             due_s = [s.due_s - begun_s for s in shown]
-            wait_s = [s.latency_ms / 1000 for s in shown]
-            dots = axis.plot(due_s, wait_s, marker, ms=4, color=shade, zorder=3)
+            waited_s = [s.latency_ms / 1000 for s in shown]
             if shown:
+                dots = axis.plot(due_s, waited_s, marker, ms=4, color=color, zorder=3)
                 legend.setdefault(label, dots[0])
         share = np.mean([s.latency_ms > 100 for s in small]) if small else 0
-        style: dict[str, Any] = {"weight": "bold", "color": color}
-        style["bbox"] = {"facecolor": "white", "alpha": 0.8, "lw": 0}
-        place: dict[str, Any] = {"xycoords": "axes fraction", "ha": "right"}
+        place: dict[str, Any] = {"xycoords": "axes fraction", "zorder": 4}
+        box = {"facecolor": axis.get_facecolor(), "alpha": 0.8, "lw": 0}
         text = f"{share:.0%} waited over 0.1 s"
-        axis.annotate(text, (0.98, 0.9), **place, **style)
-        del style["bbox"]
-        axis.set_title(run.title, loc="left", pad=18, **style)
-        place["ha"] = "left"
-        axis.annotate(run.server[: 130 // across], (0, 1.02), **place, size=8)
+        axis.annotate(text, (0.98, 0.88), **place, ha="right", weight="bold", bbox=box)
+        axis.set_title(run.title, loc="left", pad=16, size=11, weight="bold")
+        axis.annotate(run.server[:50], (0, 1.03), **place, size=8)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", alpha=0.4)
+        axis.grid(axis="y", alpha=0.3)
+        axis.margins(y=0.25)
         axis.set_ylim(bottom=0)
-    figure.supxlabel("when a small request was due, seconds since the load began")
-    figure.supylabel("it waited, seconds")
-    names, handles = list(legend), list(legend.values())
-    figure.legend(handles, names, loc="outside upper center", ncols=3, frameon=False)
-    figure.savefig(file, dpi=110)
+    figure.supxlabel(
+        "seconds since the load began, when a small request was due", size=10
+    )
+    figure.supylabel("seconds it waited", size=10)
+    figure.legend(
+        legend.values(), legend, loc="outside upper left", ncols=3, frameon=False
+    )
+    figure.savefig(file, dpi=175)
 
 
-# Options and main: what is wrong is better found before a long run than after it.
+# Options and main: all that can be checked before a long run is.
 
 LOCAL_URL = "http://127.0.0.1:8000"
 ENDPOINTS = ["/ping", "/pong", "/pong?offload=process"]
@@ -747,7 +769,7 @@ class Parser(ArgumentParser):
 def like(
     pattern: str, example: str, convert: Callable[[str], Any] = str
 ) -> Callable[[str], Any]:
-    """A check of the form. What is wrong is not repeated: it may be a secret."""
+    """A check for argparse. It does not repeat what is wrong: it may be a secret."""
 
     def check(text: str) -> Any:
         with contextlib.suppress(ValueError):
@@ -768,7 +790,7 @@ def command(text: str) -> str:
 def base_url(text: str) -> str:
     with contextlib.suppress(httpx.InvalidURL, UnicodeError):
         url = httpx.URL(text)
-        known = url.scheme in ("http", "https") and url.port in (None, *range(1, 65536))
+        known = url.scheme in ("http", "https") and url.port != 0
         if known and url.host and not (url.query or url.fragment or url.userinfo):
             return text.rstrip("/")
     raise ArgumentTypeError(f"must be like {LOCAL_URL}")
@@ -814,8 +836,8 @@ def parse() -> Namespace:
     add("--json", type=output)
     add("--plot", type=picture)
     options = parser.parse_args()
-    both, either = options.small and options.large, options.small or options.large
-    if either and not both or either and options.endpoint:
+    own = bool(options.small)
+    if own != bool(options.large) or own and options.endpoint:
         parser.error("use --endpoint, or --small and --large together")
     requests = options.rate * (options.idle + options.duration)
     size_mb = options.small_kb / 1000 + options.large_mb
@@ -897,8 +919,8 @@ async def measure_all(options: Namespace, runs: list[Run]) -> None:
             for (endpoint, small, large), uploads in targets:
                 client = open_client(url, options.connections)
                 load = Load(client, small, large, uploads, *how)
-                labels = small.label, large.label
-                run = Run(mask(name), endpoint, uploads, *labels, load.samples)
+                labels = mask(small.label), mask(large.label)
+                run = Run(mask(name), mask(endpoint), *labels, uploads, load.samples)
                 await measure_one(
                     load, run, runs, server.is_running if server else None
                 )
@@ -931,12 +953,12 @@ def report_all(options: Namespace, runs: Sequence[Run]) -> None:
     finally:
         if options.json:
             shown = {text: text.partition(":")[0] + ": ***" for text in options.header}
-            shown |= {f"--header={text}": f"--header={h}" for text, h in shown.items()}
-            words = ["python", *(shown.get(word, word) for word in sys.argv)]
-            command = shlex.join(words).encode(errors="replace").decode()
-            parameters = vars(options) | {"header": [shown[h] for h in options.header]}
-            about = {"command": mask(command), "parameters": parameters}
-            options.json.write_bytes(to_json(runs, about))
+            words = ["python", *sys.argv]
+            for text, masked in shown.items():
+                words = [word.replace(text, masked) for word in words]
+            parameters = vars(options) | {"header": [*shown.values()]}
+            about = {"command": shlex.join(words), "parameters": parameters}
+            options.json.write_text(mask(to_json(runs, about)))
         if options.plot:
             plot(runs, options.plot)
 
@@ -945,7 +967,9 @@ def main() -> int:
     options = parse()
     for text in options.header:
         value = text.partition(":")[2].strip()
-        SECRETS.extend(word for word in (value, *value.split()[-1:]) if len(word) > 3)
+        for secret in (value, *value.split()[-1:]):  # the token without its "Bearer"
+            if len(secret) > 3:  # or it would be found everywhere
+                SECRETS.extend((secret, json.dumps(secret)[1:-1]))
     # Requests pile up behind a stalled server, and each holds a file descriptor.
     with contextlib.suppress(ValueError, OSError):
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -4,16 +4,16 @@ import signal
 import sys
 from collections.abc import Iterator
 
-import httpx
 import pytest
 from harness import ROOT, Server, connected, serve
+from httpx import Client
 
 sys.path.insert(0, str(ROOT))
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, for children as well
 
 
 @pytest.fixture(scope="session")
-def api() -> Iterator[httpx.Client]:
+def api() -> Iterator[Client]:
     """A client of server.py, as it comes."""
     with connected() as (_, client):
         yield client

@@ -4,24 +4,27 @@ import ast
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 from harness import ROOT, Run, run_client
 
 CLASSES = ("idle", "small", "during", "large")
 COLUMNS = ("min", "median", "mean", "p90", "p95", "p99", "max")
-NAMES = ("count", *COLUMNS, "errors")
+NEEDED = {"p90": 10, "p95": 20, "p99": 100}  # samples
 SAMPLE = ("kind", "due_s", "sent_s", "done_s", "error", "stages_ms")
 SHORT = "--idle 0.5 --duration 1 --large-mb 0.1 --pause 0.2"
-STUB = f"uvicorn stub:app --app-dir {shlex.quote(str(ROOT / 'tests'))} --port {{port}}"
-RAW_STUB = f"python {shlex.quote(str(ROOT / 'tests' / 'stub.py'))} {{port}}"
-
-GUNICORN = "gunicorn -k uvicorn_worker.UvicornWorker --chdir tests stub:app"
+TESTS = shlex.quote(str(ROOT / "tests"))
+STUB = f"uvicorn stub:app --app-dir {TESTS} --port {{port}}"
+RAW_STUB = f"python {TESTS}/stub.py {{port}}"
+GUNICORN = f"gunicorn -k uvicorn_worker.UvicornWorker --chdir {TESTS} stub:app"
 GUNICORN += " -b 127.0.0.1:{port}"
 
 Row = dict[str, Any]
@@ -38,58 +41,44 @@ def table(stdout: str) -> list[list[str]]:
     lines = [line for line in stdout.splitlines() if line.startswith("|")]
     cells = [line.strip("| ").split(" | ") for line in lines]
     titles = "Request Server Endpoint Count Errors Min Median Mean p90 p95 p99 Max"
-    assert cells[0] == titles.split()
-    assert set("".join(cells[1])) == set("-:")
+    assert cells[0] == titles.split() and set("".join(cells[1])) == set("-:")
     return cells[2:]
 
 
 @dataclass
-class Measured:
-    """A finished run of the client with --json."""
+class Measured(Run):
+    """A finished run of the client, with what it wrote to --json."""
 
-    run: Run
-    saved: dict[str, Any] = field(default_factory=dict)
+    saved: dict[str, Any]
+    ended_s: float  # since 1970
 
-    def samples(self, *kinds: str, run: int = 0) -> list[dict[str, Any]]:
+    def samples(self, *kinds: str, run: int = 0) -> list[Row]:
         rows = self.saved["runs"][run]["samples"]
         return [dict(zip(SAMPLE, row)) for row in rows if row[0] in kinds]
 
-    def statistics(self, run: int = 0) -> dict[str, Row]:
-        statistics: dict[str, Row] = self.saved["runs"][run]["statistics"]
-        return statistics
+    def statistics(self, kind: str) -> Any:
+        return self.saved["runs"][0]["statistics"][kind]
 
 
-def measure(
-    folder: Path, url: str, flags: str, meanwhile: Callable[[], None] | None = None
-) -> Measured:
-    """Run the client to its end, as something else happens."""
-    file = folder / "json"
-    arguments = ["--base-url", url, "--json", str(file), *shlex.split(flags)]
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(run_client, *arguments)
-        if meanwhile:
-            meanwhile()
-        run = future.result()
-    assert run.status in (0, 1, 3) and "Traceback" not in run.stderr, run.stderr
-    return Measured(run, json.loads(file.read_text()))
+def measure(url: str, flags: str, cwd: Path = ROOT, env: Row | None = None) -> Measured:
+    """Run the client to its end."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "json"
+        where = ["--base-url", url] if url else []
+        words = ["--json", str(file), *where, *shlex.split(flags)]
+        done = run_client(*words, cwd=cwd, env=env)
+        saved = json.loads(file.read_text()) if file.exists() else {}
+    assert "Traceback" not in done.stderr, done.stderr
+    return Measured(done.status, done.stdout, done.stderr, saved, time.time())
 
 
-def latencies_ms(samples: Iterable[dict[str, Any]]) -> list[float]:
-    """Of those that succeeded, from when they were due."""
-    return [1000 * (s["done_s"] - s["due_s"]) for s in samples if not s["error"]]
-
-
-def seen_by(url: str, path: str) -> Row:
+def seen_by(url: str, path: str) -> Counter[str]:
     """What a stub counted on a path."""
-    counts: Row = httpx.get(f"{url}/counts").json().get(path) or {}
-    return counts
+    return Counter(httpx.get(f"{url}/counts").json().get(path))
 
 
-T = TypeVar("T")
-
-
-def together(jobs: Mapping[str, Callable[[], T]]) -> dict[str, T]:
-    """Do what mostly waits at the same time."""
+def together(jobs: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """Do what mostly waits at the same time: functions with their arguments."""
     with ThreadPoolExecutor(len(jobs)) as pool:
-        futures = {name: pool.submit(job) for name, job in jobs.items()}
+        futures = {name: pool.submit(*job) for name, job in jobs.items()}
         return {name: future.result() for name, future in futures.items()}

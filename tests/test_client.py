@@ -1,7 +1,6 @@
 """The contract of client.py: its command line, its output and its pure functions."""
 
-import fcntl
-import importlib.metadata
+import contextlib
 import json
 import os
 import pty
@@ -10,399 +9,303 @@ import select
 import shlex
 import signal
 import statistics
-import string
-import struct
-import subprocess
-import sys
-import termios
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from datetime import UTC, datetime
-from functools import partial
+from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
+import harness as h
+import measure as m
 import numpy as np
 import pytest
-from harness import (
-    ENV,
-    ROOT,
-    Run,
-    Server,
-    children,
-    client_command,
-    free_port,
-    group_alive,
-    is_open,
-    run_client,
-    started,
-    wait_until,
-)
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from measure import (
-    CLASSES,
-    COLUMNS,
-    GUNICORN,
-    NAMES,
-    SAMPLE,
-    SHORT,
-    STUB,
-    latencies_ms,
-    measure,
-    reports,
-    seen_by,
-    table,
-    together,
-)
 from stub import STALL_S, WARM_UP
 
 import client
 
 few = settings(max_examples=60, deadline=None, derandomize=True)
+WAYS = ("new", "keep-alive", "new-client")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL)
+PORT, NOBODY = h.free_port(), f"http://127.0.0.1:{h.free_port()}"
+SERVERS = [server.format(port=PORT) for server in (m.STUB, m.GUNICORN)]
+HINTS = {  # what cannot be measured, and what stderr says of it
+    "--unknown": "--help",
+    "--endpoint /explicit": NOBODY,
+    "--small-kb 0.001": "bytes",
+    "--small 'GET /' --large 'POST / @missing.json'": "missing.json",
+    "--serve no-such-command": "no-such-command",
+    "--serve \"sh -c 'echo cannot begin; exit 3'\"": "cannot begin",
+    "--serve \"sh -c 'exit 3'\"": f"{NOBODY}/ping",
+}
+WRONG = """
+--rate 0 | --rate -1 | --rate nan | --rate inf | --rate x | --rate 9999999 | --duration 0
+| --base-url foo | --base-url http://[::1 | --base-url ftp://a | --base-url http://a:b@c
+| --timeout 0 | --idle -1 | --pause nan | --large-mb 0 | --endpoint ping | --serve ''
+| --connections some | --unknown | --serve "'" | --json /missing/file | --json /
+| --plot x.pdf | --uploads 0 | --uploads 1.5 | --large 'GET /x' | --small 'GET /x'
+| --small 'GET /x' --large 'POST x' | --small 'GET /x' --large 'GET /x' --endpoint /x
+| --header x | --header 'a b: c' | --fail-if 'during p98 > 5' | --fail-if 'late p95 > 5'
+"""
 
 
-def run(url: str, arguments: str, cwd: Path = ROOT, **env: str) -> Run:
-    words = shlex.split(f"{SHORT} {arguments}")
-    return run_client("--base-url", url, *words, cwd=cwd, env=env)
+def under_way(url: str, flags: str, cwd: Path, stderr: int = PIPE) -> Any:
+    words = shlex.split(f"{m.SHORT} --base-url {url} {flags}")
+    return h.started(h.client_command(*words), PIPE, stderr, cwd=cwd)
 
 
-def local(port: int) -> str:
-    return f"http://127.0.0.1:{port}"
+def end(signum: signal.Signals, folder: Path) -> tuple[int, str, str]:
+    """Signal a client in mid-run: status, stdout, stderr, once all that it started is gone."""
+    port, path = h.free_port(), "/x/stall"
+    url, groups = f"http://127.0.0.1:{port}", list[int]()
+    flags = f"--serve {shlex.quote(m.STUB.format(port=port))} --endpoint {path}"
+    flags += f" --duration 60 --pause 0 --json {signum.name}"
+    try:
+        with under_way(url, flags, folder) as process:
+            h.wait_until(lambda: h.is_open(port) and m.seen_by(url, path)["large"] > 2)
+            groups = [os.getpgid(pid) for pid in h.children(process.pid)]
+            assert groups and process.pid not in groups
+            time.sleep(STALL_S / 2)  # to the middle of the next large request
+            process.send_signal(signum)
+            stdout, stderr = process.communicate(timeout=30)
+        h.wait_until(lambda: not any(map(h.group_alive, groups)), 10)
+        assert not h.is_open(port)
+    finally:
+        for group in filter(h.group_alive, groups):
+            os.killpg(group, signal.SIGKILL)
+    return process.returncode, stdout.decode(), stderr.decode()
+
+
+def leave(url: str, folder: Path) -> tuple[int, str]:
+    """Read one line of the client's stdout and no more: its status and stderr."""
+    with under_way(url, "--endpoint /gone /on --json gone", folder) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        return process.wait(30), process.stderr.read().decode()
+
+
+def watch(url: str, folder: Path) -> tuple[int, str]:
+    """The client's status, and what it shows on a terminal."""
+    terminal, stderr = pty.openpty()
+    chunks = [b"."]
+    with under_way(url, f"--endpoint /progress/{'x' * 40}", folder, stderr) as process:
+        os.close(stderr)
+        with contextlib.suppress(OSError):  # how Linux says that this was all
+            while chunks[-1] and select.select([terminal], [], [], 30)[0]:
+                chunks.append(os.read(terminal, 65536))  # empty: how macOS says so
+        os.close(terminal)
+        return process.wait(30), b"".join(chunks).decode()
+
+
+@pytest.fixture(scope="module")
+def outcome(stub: h.Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All runs at once, as they mostly wait."""
+    folder = tmp_path_factory.mktemp("client")
+    (folder / "matplotlib.py").write_text("raise ImportError")
+    serve = " ".join(f"--serve {shlex.quote(server)}" for server in SERVERS)
+    late = "--idle 0.2 --duration 0.3 --rate 150 --connections new-client"
+    flags = {
+        "serve": f"--base-url http://127.0.0.1:{PORT} {serve} --endpoint /a --uploads 2",
+        "open": "--endpoint /open/slow /open/flaky --uploads 2 --plot open.svg",
+        "closed": "--endpoint /closed/slow --closed-loop --plot closed.svg",
+        "late": f"--endpoint /late {late} --fail-if 'small max > 99999'",
+        "taken": "--serve 'sleep 60'",
+    }
+    for way in WAYS:
+        flags[way] = f"--endpoint /{way}/chunked --rate 20 --connections {way}"
+    flags["new"] += " --plot new.png"
+    flags |= {hint: f"--base-url {NOBODY} {hint}" for hint in HINTS}
+    jobs: dict[str, Any] = {}
+    for name, text in flags.items():
+        jobs[name] = m.measure, stub.url, f"{m.SHORT} {text}", folder
+    jobs |= {signum.name: (end, signum, folder) for signum in SIGNALS}
+    jobs |= {do.__name__: (do, stub.url, folder) for do in (leave, watch)}
+    without = {"PYTHONPATH": str(folder)}
+    jobs["no plot"] = (m.measure, stub.url, "--plot x.png", folder, without)
+    if not h.is_open(8000):
+        demo = f"{m.SHORT} --idle 0.2 --duration 0.6"
+        jobs = {"demo": (m.measure, "", demo, folder)} | jobs
+    return m.together(jobs) | {"folder": folder}
 
 
 def assert_reports(stdout: str, expected: list[str]) -> None:
     """A dict under each heading, consistent in itself and with the table, and in words."""
-    assert list(reports(stdout)) == expected
+    assert list(m.reports(stdout)) == expected
     rows = []
-    for heading, report in reports(stdout).items():
-        assert tuple(report) == CLASSES
+    for heading, report in m.reports(stdout).items():
+        assert tuple(report) == m.CLASSES
         server, endpoint, *at_once = heading.rsplit(", ", heading.count(" at once") + 1)
         for kind, row in report.items():
-            assert tuple(row) == NAMES
+            assert tuple(row) == ("count", *m.COLUMNS, "errors")
             assert row["errors"] == 0 < row["count"] or kind == "during"
-            values = [row[name] for name in COLUMNS if row[name] is not None]
-            if values:
+            if values := [row[name] for name in m.COLUMNS if row[name] is not None]:
                 low, median, mean, *high = values
                 assert 0 < low <= median <= high[0] and high == sorted(high)
                 assert low <= mean <= high[-1]
-            for name, needed in {"p90": 10, "p95": 20, "p99": 100}.items():
+            for name, needed in m.NEEDED.items():
                 assert (row[name] is None) == (row["count"] < needed)
-            cells = [row[name] for name in ("count", "errors", *COLUMNS)]
+            cells = [row[name] for name in ("count", "errors", *m.COLUMNS)]
             shown = ["-" if value is None else str(value) for value in cells]
             size = ", ".join(["0.1 MB", *at_once]) if kind == "large" else "1 kB"
             rows.append([f"{kind} ({size})", server, endpoint, *shown])
-    assert table(stdout) == rows
+    assert m.table(stdout) == rows
     waited = r"while a large request was in flight a small one waited .+ \(median\), .+"
     waited += r" at most; alone .+ \(median\)|no small request was answered .*"
     assert len(re.findall(f"^# (?:{waited})$", stdout, re.MULTILINE)) == len(expected)
 
 
-# Runs to the end.
-
-
-def test_starts_the_server_itself(tmp_path: Path) -> None:
-    """With no server there the default command starts server.py, from any folder, and stops it."""
-    if is_open(8000):
+def test_starts_servers(outcome: dict[str, Any]) -> None:
+    """The default command starts server.py, --serve commands in turn, and all are stopped."""
+    done = outcome["serve"]
+    assert done.status == 0, done.stderr
+    assert_reports(done.stdout, [f"{server}, /a, 2 at once" for server in SERVERS])
+    assert not h.is_open(PORT)
+    if not (done := outcome.get("demo")):
         pytest.skip("something listens on the default port")
-    words = f"{SHORT} --json json".split()
-    done = run_client(*words, cwd=tmp_path)
     assert done.status == 0, done.stderr
     paths = ("/ping", "/pong", "/pong?offload=process")
     assert_reports(done.stdout, [f"uvicorn server:app, {path}" for path in paths])
     assert "starting" in done.stderr and "uvicorn server:app" in done.stderr
-    saved = json.loads((tmp_path / "json").read_text())["runs"]
-    assert all(50 < run["peak_memory_mb"] < 1000 for run in saved)
-    stages = [dict(zip(SAMPLE, row))["stages_ms"] for row in saved[1]["samples"]]
-    assert ["read", "parse", "validate", "total"] in map(list, stages)
-    assert not is_open(8000)
+    assert all(50 < run["peak_memory_mb"] < 1000 for run in done.saved["runs"])
+    stages = [list(sample["stages_ms"]) for sample in done.samples("large", run=1)]
+    assert ["read", "parse", "validate", "total"] in stages and not h.is_open(8000)
 
 
-def test_an_explicit_url_never_starts_the_demo() -> None:
-    """Where nothing answers at an explicit --base-url the client starts nothing: status 2."""
-    port = free_port()
-    done = run(local(port), "")
-    assert (done.status, done.stdout) == (2, "")
-    assert local(port) in done.stderr and "starting" not in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-
-
-def test_serves_commands_in_turn() -> None:
-    """Each --serve command is started, measured under its own text, and stopped before the next."""
-    port = free_port()
-    servers = [STUB.format(port=port), GUNICORN.format(port=port)]
-    flags = " ".join(f"--serve {shlex.quote(server)}" for server in servers)
-    done = run(local(port), f"{flags} --endpoint /a --uploads 2")
-    assert done.status == 0, done.stderr
-    assert_reports(done.stdout, [f"{server}, /a, 2 at once" for server in servers])
-    assert not is_open(port)
-
-
-@pytest.fixture(scope="module")
-def outcome(stub: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """All runs at once, as they mostly wait."""
-    jobs: dict[str, Callable[[], Any]] = {}
-
-    def job(name: str, flags: str) -> None:
-        folder = tmp_path_factory.mktemp(name)
-        jobs[name] = lambda: measure(
-            folder, stub.url, f"{SHORT} {flags} --plot {folder}/{name}"
-        )
-
-    for way in ("new", "keep-alive", "new-client"):
-        job(f"{way}.svg", f"--endpoint /{way}/chunked --rate 20 --connections {way}")
-    job("open.png", "--endpoint /open/slow /open/flaky --uploads 2")
-    job("closed.svg", "--endpoint /closed/slow --closed-loop")
-    return together(jobs)
-
-
-@pytest.mark.parametrize("way", ["new", "keep-alive", "new-client"])
-def test_counts_what_the_server_saw(
-    outcome: dict[str, Any], stub: Server, way: str
-) -> None:
-    """All requests but the warm-up's are counted, on as many connections as --connections says."""
-    measured, path = outcome[f"{way}.svg"], f"/{way}/chunked"
-    assert measured.run.status == 0, measured.run.stderr
-    assert_reports(measured.run.stdout, [f"{stub.url}, {path}"])
-    assert stub.url in measured.run.stderr and "starting" not in measured.run.stderr
-    counts = {kind: row["count"] for kind, row in measured.statistics().items()}
-    assert (counts["idle"], counts["small"]) == (10, 20)
-    saw = seen_by(stub.url, path)
-    assert saw["small"] - 10 - 20 == WARM_UP["small"]
-    assert saw["large"] - counts["large"] == WARM_UP["large"]
-    requests = saw["small"] + saw["large"]
-    if way == "keep-alive":
-        assert saw["connections"] < requests / 4
-    else:  # the system may have used a port twice
-        assert 0.9 * requests < saw["connections"] <= requests
-
-
-def test_closed_loop_waits_for_the_answer(
-    outcome: dict[str, Any], stub: Server
-) -> None:
-    """Only without --closed-loop is a small request sent before the last one's answer."""
-    assert outcome["closed.svg"].run.status == 0
-    assert seen_by(stub.url, "/closed/slow")["at_once"] == 1
+def test_counts_what_the_server_saw(outcome: dict[str, Any], stub: h.Server) -> None:
+    """All requests but the warm-up's are counted, on as many connections and at once as it says."""
+    for way in WAYS:
+        done, saw = outcome[way], m.seen_by(stub.url, f"/{way}/chunked")
+        assert done.status == 0, done.stderr
+        assert_reports(done.stdout, [f"{stub.url}, /{way}/chunked"])
+        assert stub.url in done.stderr and "starting" not in done.stderr
+        idle, small, _, large = (done.statistics(k)["count"] for k in m.CLASSES)
+        assert (idle, small, saw["small"]) == (10, 20, 30 + WARM_UP["small"])
+        assert saw["large"] - large == WARM_UP["large"]
+        requests = saw["small"] + saw["large"]
+        if way == "keep-alive":
+            assert saw["connections"] < requests / 4
+        else:  # the system may have used a port twice
+            assert 0.9 * requests < saw["connections"] <= requests
+    assert outcome["closed"].status == 0
+    assert m.seen_by(stub.url, "/closed/slow")["at_once"] == 1
     # 50 a second that take 0.1 s each make 5
-    assert seen_by(stub.url, "/open/slow")["at_once"] > 2
+    assert m.seen_by(stub.url, "/open/slow")["at_once"] > 2
 
 
-def test_json(outcome: dict[str, Any], stub: Server) -> None:
-    """--json has how the figures came about and all samples, from which they follow exactly."""
-    measured = outcome["open.png"]
-    saved = measured.saved
-    assert (saved["schema"], tuple(saved["columns"])) == (2, SAMPLE)
-    begun = datetime.strptime(saved["started"], "%Y-%m-%dT%H:%M:%SZ")
-    age_s = (datetime.now(UTC) - begun.replace(tzinfo=UTC)).total_seconds()
-    assert 3 < age_s < 120  # when the load began, and two such runs take over 3 s
-    assert saved["parameters"]["rate"] == 50
-    assert saved["parameters"]["large_mb"] == 0.1
+def test_files(outcome: dict[str, Any], stub: h.Server) -> None:
+    """--json has all samples, from which the figures follow; --plot draws a panel for each run."""
+    done, saved = outcome["open"], outcome["open"].saved
+    assert (saved["schema"], tuple(saved["columns"])) == (2, m.SAMPLE)
+    begun = datetime.strptime(saved["started"] + "+0000", "%Y-%m-%dT%H:%M:%SZ%z")
+    # It is when the load began, and two such runs take over 4 s.
+    assert 4 < done.ended_s - begun.timestamp() < 120
+    assert [saved["parameters"][name] for name in ("rate", "large_mb")] == [50, 0.1]
     assert "--uploads 2 " in saved["command"]
-    assert saved["client_versions"]["httpx"] == importlib.metadata.version("httpx")
+    assert saved["client_versions"]["numpy"] == np.__version__
     assert saved["machine"]["cores"] == os.cpu_count()
-    for i, run in enumerate(saved["runs"]):
-        assert (run["server"], run["uploads"]) == (stub.url, 2)
-        assert run["endpoint"] == ("/open/slow", "/open/flaky")[i]
+    printed = m.reports(done.stdout).values()
+    endpoints = ("/open/slow", "/open/flaky")
+    for i, (run, report) in enumerate(zip(saved["runs"], printed, strict=True)):
+        about = (run["server"], run["endpoint"], run["uploads"])
+        assert about == (stub.url, endpoints[i], 2)
         assert run["peak_memory_mb"] is None and isinstance(run["warnings"], list)
-        printed = list(reports(measured.run.stdout).values())[i]
-        assert run["statistics"] == printed
+        assert run["statistics"] == report
         for kind in ("idle", "small", "large"):
-            samples = measured.samples(kind, run=i)
-            values_ms = latencies_ms(samples)
-            errors = len(samples) - len(values_ms)
-            assert printed[kind] == client.summarize(values_ms, errors)
+            samples = done.samples(kind, run=i)
+            right = [s for s in samples if not s["error"]]
+            values_ms = [1000 * (s["done_s"] - s["due_s"]) for s in right]
+            errors = len(samples) - len(right)
+            assert report[kind] == client.summarize(values_ms, errors)
+    assert (outcome["folder"] / "new.png").read_bytes().startswith(b"\x89PNG")
+    for name, panels in {"open": 2, "closed": 1}.items():
+        text = (outcome["folder"] / f"{name}.svg").read_text()
+        assert len(re.findall(r'id="axes_\d', text)) == panels
+        assert text.count("waited over 0.1 s -->") == panels
+        assert ("<!-- error -->" in text) == (name == "open")
 
 
-def test_plot(outcome: dict[str, Any]) -> None:
-    """--plot draws a panel for each run, with the share of those that waited."""
-    command = outcome["open.png"].saved["parameters"]["plot"]
-    assert Path(command).read_bytes().startswith(b"\x89PNG")
-    text = Path(outcome["closed.svg"].saved["parameters"]["plot"]).read_text()
-    assert len(re.findall(r'id="axes_\d', text)) == 1
-    assert "waited over 0.1 s" in text and "<!-- error -->" not in text
-
-
-def test_lateness(stub: Server, tmp_path: Path) -> None:
-    """A client that is itself too slow says so, and in JSON."""
-    flags = f"{SHORT} --idle 0.3 --duration 0.5 --rate 150 --connections new-client"
-    measured = measure(tmp_path, stub.url, f"--endpoint /late {flags}")
+def test_lateness(outcome: dict[str, Any]) -> None:
+    """A client that is itself too slow says so, and in JSON, and no --fail-if can be told."""
+    done = outcome["late"]
     for kind, limit_ms in {"idle": 5, "small": 20}.items():
-        samples = measured.samples(kind)
-        late_ms = np.percentile(
-            [1000 * (s["sent_s"] - s["due_s"]) for s in samples], 99
-        )
-        assert (
-            late_ms > limit_ms
-        )  # it takes 20 ms of work for each, and one is due every 7
-        found = measured.saved["runs"][0]["warnings"]
-        (warning,) = [text for text in found if text.startswith(kind)]
-        assert "late" in warning and "--rate" in warning
-        assert warning in measured.run.stderr
+        late_ms = [1000 * (s["sent_s"] - s["due_s"]) for s in done.samples(kind)]
+        # It takes 20 ms of work for each, and one is due every 7.
+        assert np.percentile(late_ms, 99) > limit_ms
+        warnings = done.saved["runs"][0]["warnings"]
+        (warning,) = [text for text in warnings if text.startswith(kind)]
+        assert "late" in warning and "--rate" in warning and warning in done.stderr
+    assert done.status == 3
+    assert re.search(r"small max cannot be told .*client was late", done.stderr)
 
 
-# Wrong usage, and no server.
+def test_refuses_wrong_usage(outcome: Any, monkeypatch: Any, capsys: Any) -> None:
+    """Wrong usage, or no body, file, free port, matplotlib or server: status 2, and one line why."""
+    for text in WRONG.split("|"):
+        monkeypatch.setattr("sys.argv", ["client.py", *shlex.split(text)])
+        with pytest.raises(SystemExit) as ended:
+            client.main()
+        stdout, stderr = capsys.readouterr()
+        assert (ended.value.code, stdout) == (2, ""), text
+        assert len(stderr.strip().splitlines()) == 1, stderr
+    hints = HINTS | {"taken": " is taken", "no plot": "pip install matplotlib"}
+    for name, hint in hints.items():
+        done = outcome[name]
+        assert (done.status, done.stdout) == (2, "") and hint in done.stderr
+        if "--serve" not in name:
+            assert "starting" not in done.stderr and done.stderr.count("\n") == 1
 
 
-WRONG = [
-    *(f"--rate {value}" for value in ("0", "-1", "nan", "inf", "x", "9999999")),
-    *(f"--base-url {url}" for url in ("foo", "http://[::1", "ftp://a", "http://a:b@c")),
-    *("--duration 0", "--timeout 0", "--idle -1", "--pause nan", "--large-mb 0"),
-    *("--endpoint ping", "--connections some", "--unknown", "--serve ''"),
-    *("""--serve "'" """, "--json /missing/file", "--json /", "--plot x.pdf"),
-    *("--uploads 0", "--uploads 1.5", "--large 'GET /x'", "--small 'GET /x'"),
-    *("--small 'GET /x' --large 'POST x'", "--header x", "--header 'a b: c'"),
-    "--small 'GET /x' --large 'GET /x' --endpoint /x",
-    *("--fail-if 'during p98 > 5'", "--fail-if 'late p95 > 5'"),
-]
-
-
-def test_refuses_wrong_usage() -> None:
-    """A bad argument ends the client before it measures: one line, status 2."""
-    jobs = {text: partial(run_client, *shlex.split(text)) for text in WRONG}
-    with ThreadPoolExecutor(4) as pool:
-        outcomes = dict(zip(jobs, pool.map(lambda job: job(), jobs.values())))
-    for text, done in outcomes.items():
-        assert (done.status, done.stdout) == (2, ""), text
-        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-        assert "Traceback" not in done.stderr
-
-
-def test_cannot_measure(stub: Server) -> None:
-    """A body that is too small, no file, no server, or a taken port: why, and status 2."""
-    nobody = local(free_port())
-    hints = {
-        "--small-kb 0.001": "bytes",
-        "--small 'GET /' --large 'POST / @missing.json'": "missing.json",
-        "--serve no-such-command": "no-such-command",
-        "--serve \"sh -c 'echo cannot begin; exit 3'\"": "cannot begin",
-        "--serve \"sh -c 'exit 3'\"": f"{nobody}/ping",
-        f"--base-url {stub.url} --serve 'sleep 60'": str(stub.port),
-    }
-    for arguments, done in together(
-        {text: partial(run, nobody, text) for text in hints}
-    ).items():
-        assert (done.status, done.stdout) == (2, "")
-        assert hints[arguments] in done.stderr
-        assert "Traceback" not in done.stderr
-
-
-def test_plot_without_matplotlib(tmp_path: Path) -> None:
-    """Where matplotlib cannot be imported, --plot says so at once: one line, status 2."""
-    # None in sys.modules is how the import system itself marks what is not to be found.
-    code = "import runpy, sys; sys.modules['matplotlib'] = None; del sys.argv[0]\n"
-    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    arguments = [str(ROOT / "client.py"), "--plot", str(tmp_path / "x.png")]
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert len(done.stderr.splitlines()) == 1 and "matplotlib" in done.stderr
-
-
-# Interrupted, killed, watched.
-
-
-@contextmanager
-def under_way(
-    url: str, arguments: str, stderr: int, cwd: Path
-) -> Iterator[subprocess.Popen[bytes]]:
-    words = shlex.split(f"{SHORT} {arguments}")
-    command = client_command("--base-url", url, *words)
-    with started(command, subprocess.PIPE, stderr, cwd=cwd) as process:
-        yield process
-
-
-def end(folder: Path, signum: signal.Signals) -> tuple[int, str, str]:
-    """Signal a client in mid-run: status, stdout, stderr, once all that it started is gone."""
-    port, path = free_port(), "/x/stall"
-    serve = shlex.quote(STUB.format(port=port))
-    flags = f"--serve {serve} --endpoint {path} --duration 60 --pause 0 --json json"
-
-    def is_under_load() -> bool:
-        return is_open(port) and int(seen_by(local(port), path).get("large", 0)) > 2
-
-    groups: list[int] = []
-    try:
-        with under_way(local(port), flags, subprocess.PIPE, folder) as process:
-            wait_until(is_under_load)
-            groups = [os.getpgid(pid) for pid in children(process.pid)]
-            assert groups and process.pid not in groups
-            time.sleep(STALL_S / 2)  # to the middle of the next large request
-            process.send_signal(signum)
-            stdout, stderr = process.communicate(timeout=30)
-        wait_until(lambda: not any(map(group_alive, groups)), 10)
-        assert not is_open(port)
-    finally:
-        for group in filter(group_alive, groups):
-            os.killpg(group, signal.SIGKILL)
-    return process.returncode, stdout.decode(), stderr.decode()
-
-
-def test_ended_by_a_signal(tmp_path: Path) -> None:
-    """Whatever ends the client ends its server; on Ctrl-C or SIGTERM all so far is printed,
-    with what was in flight as errors.
-    """
-    ends = {}
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL):
-        (tmp_path / signum.name).mkdir()
-        ends[signum.name] = partial(end, tmp_path / signum.name, signum)
-    for name, (status, stdout, stderr) in together(ends).items():
+def test_ends_in_order(outcome: dict[str, Any]) -> None:
+    """Signals end the server too, Ctrl-C and SIGTERM print all so far; `| head -1` does no harm."""
+    for signum in SIGNALS:
+        status, stdout, stderr = outcome[signum.name]
         assert "Traceback" not in stderr
-        if name in ("SIGHUP", "SIGKILL"):
-            assert status == -signal.Signals[name]
+        if signum in (signal.SIGHUP, signal.SIGKILL):
+            assert status == -signum
             continue
         assert status == 130 and "interrupted" in stderr
-        (report,) = reports(stdout).values()
-        (saved,) = json.loads((tmp_path / name / "json").read_text())["runs"]
-        assert saved["statistics"] == report and len(table(stdout)) == 4
-        sent = Counter(sample[0] for sample in saved["samples"])
-        for kind, count in sent.items():
-            assert count == report[kind]["count"] + report[kind]["errors"]
+        (report,) = m.reports(stdout).values()
+        (saved,) = json.loads((outcome["folder"] / signum.name).read_text())["runs"]
+        assert saved["statistics"] == report and len(m.table(stdout)) == 4
+        kinds = [sample[0] for sample in saved["samples"]]
+        for kind in set(kinds):
+            assert kinds.count(kind) == report[kind]["count"] + report[kind]["errors"]
         errors = {sample[4] for sample in saved["samples"] if sample[4]}
         assert errors == {"interrupted"}
+    status, stderr = outcome["leave"]
+    assert status != 0 and "Traceback" not in stderr
+    assert (outcome["folder"] / "gone").exists()
 
 
-def test_reader_of_stdout_is_gone(stub: Server, tmp_path: Path) -> None:
-    """When nobody reads stdout any more (client.py | head -1), the client ends in order."""
-    flags = "--endpoint /gone --json json"
-    with under_way(stub.url, flags, subprocess.PIPE, tmp_path) as process:
-        assert process.stdout and process.stderr
-        process.stdout.readline()
-        process.stdout.close()
-        stderr = process.stderr.read().decode()
-        assert process.wait(30) != 0
-    assert "Traceback" not in stderr and (tmp_path / "json").exists()
-
-
-def test_progress_only_in_a_terminal(stub: Server, tmp_path: Path) -> None:
+def test_progress_only_in_a_terminal(outcome: dict[str, Any]) -> None:
     """A terminal shows phase, seconds left and requests in flight in one line of 80 columns."""
-    terminal, stderr = pty.openpty()
-    fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    with under_way(stub.url, "--endpoint /progress", stderr, tmp_path) as process:
-        os.close(stderr)
-        output = b""
-        while select.select([terminal], [], [], 30)[0]:
-            try:
-                chunk = os.read(terminal, 65536)
-            except OSError:  # how Linux says that this was all
-                break
-            if not chunk:  # how macOS says so
-                break
-            output += chunk
-        assert process.wait(30) == 0
-    os.close(terminal)
-    redrawn = re.findall(r"\r\x1b\[K([^\r\n]*)", output.decode())
+    status, shown = outcome["watch"]
+    redrawn = re.findall(r"\r\x1b\[K([^\r\n]*)", shown)
     lines = [line for line in redrawn if "in flight" in line]
-    assert any(
-        re.match(r"mixed: \d+ s left, \d+ in flight, 0 errors: .*/prog", line)
-        for line in lines
-    )
+    wanted = r"mixed: \d+ s left, \d+ in flight, 0 errors: .*/prog"
+    assert status == 0 and any(re.match(wanted, line) for line in lines)
     assert all(len(line) < 80 for line in lines)
+    assert "in flight" not in outcome["new"].stderr
 
 
-# Pure functions.
+def test_schedule(outcome: dict[str, Any]) -> None:
+    """Small ones are due once in each slot of 1/rate, large ones --pause apart, none while idle."""
+    for name, uploads, rate_hz in (("new", 1, 20), ("open", 2, 50)):
+        idle, small, large = map(outcome[name].samples, ("idle", "small", "large"))
+        for samples, duration_s in ((idle, 0.5), (small, 1)):
+            assert all(s["due_s"] <= s["sent_s"] <= s["done_s"] for s in samples)
+            due_s = np.array(sorted(s["due_s"] for s in samples))
+            shift = (due_s - due_s[0]) * rate_hz - np.arange(rate_hz * duration_s)
+            assert (abs(shift) < 1).all() and np.std(np.diff(due_s)) > 0.001
+        assert len(large) >= 3 * uploads
+        begun_s = min(s["sent_s"] for s in [*small, *large])
+        assert max(s["done_s"] for s in idle) <= begun_s
+        changes = [(s["sent_s"], 1) for s in large] + [(s["done_s"], -1) for s in large]
+        assert np.cumsum([change for _, change in sorted(changes)]).max() == uploads
+        gaps_s = [b["sent_s"] - a["done_s"] for a, b in pairwise(large)]
+        assert uploads > 1 or all(gap_s >= 0.199 for gap_s in gaps_s)
 
 
 @few
@@ -411,12 +314,11 @@ def test_progress_only_in_a_terminal(stub: Server, tmp_path: Path) -> None:
 def test_make_body(name: str, size_bytes: int) -> None:
     """A body has exactly the size asked for, keys of ten letters, and the answer given with it."""
     content, expected = client.make_body(name, size_bytes)
-    assert len(content) == size_bytes
     document = json.loads(content)
-    assert list(document) == ["name", "data"]
     data = document["data"]
+    assert len(content) == size_bytes and list(document) == ["name", "data"]
     assert content.count(b":") == len(data) + 2
-    assert all(len(key) == 10 and set(key) <= set(string.ascii_letters) for key in data)
+    assert all(len(k) == 10 and k.isascii() and k.isalpha() for k in data)
     assert all(type(value) is int and 1 <= value <= 10**6 for value in data.values())
     maxval = max(data.values(), default=0)
     assert expected == {"name": name, "count": len(data), "maxval": maxval}
@@ -431,20 +333,14 @@ def test_due_offsets(rate_hz: int, duration_s: int) -> None:
     assert len(offsets_s) == rate_hz * duration_s
     assert all(i <= rate_hz * s < i + 1 for i, s in enumerate(offsets_s))
     assert offsets_s == client.due_offsets_s(rate_hz, duration_s)
-    places = [rate_hz * s % 1 for s in offsets_s]
-    assert len(set(places)) == len(places)
+    assert len({rate_hz * s % 1 for s in offsets_s}) == len(offsets_s)
 
 
-def test_due_offsets_by_hand() -> None:
-    """A part of a slot at the end is a slot; no time, no requests."""
-    assert len(client.due_offsets_s(100, 0.07)) == 7  # 100 * 0.07 > 7 in floats
-    assert len(client.due_offsets_s(2, 1.2)) == 3
-    assert client.due_offsets_s(4, 0) == []
-
-
-def test_summarize_by_hand() -> None:
-    """Percentiles are interpolated, all is rounded to one decimal, timeouts wait and are errors."""
-    none = dict.fromkeys(COLUMNS)
+def test_by_hand() -> None:
+    """Parts of slots, interpolated percentiles, timeouts and right answers are as the help says."""
+    counts = [len(client.due_offsets_s(*x)) for x in ((100, 0.07), (2, 1.2), (4, 0))]
+    assert counts == [7, 3, 0]  # 100 * 0.07 > 7 in floats
+    none = dict.fromkeys(m.COLUMNS)
     found = client.summarize([40.0, 10.0, 30.04, 20.0], errors=2)
     values: dict[str, Any] = {"min": 10.0, "median": 25.0, "mean": 25.0, "max": 40.0}
     assert found == none | values | {"count": 4, "errors": 2}
@@ -452,6 +348,15 @@ def test_summarize_by_hand() -> None:
     late = client.summarize([1.0] * 10, errors=11, waited_ms=[200.0] * 10)
     assert late["count"] == 10 and late["errors"] == 11
     assert late["p95"] == late["max"] == 200.0 and late["median"] == 100.5
+    for name, value in {"p90": 8.1, "p95": 18.1, "p99": 98.0}.items():  # 0.9 * 9 ...
+        assert client.summarize(range(m.NEEDED[name]))[name] == value
+        assert client.summarize(range(m.NEEDED[name] - 1))[name] is None
+    answers = b'{"a": 1}', b'{"a": 2}', b"no JSON"
+    found_wrong = [client.classify(200, answer, {"a": 1}) for answer in answers]
+    assert found_wrong == [None, "wrong answer", "wrong answer"]
+    assert client.classify(201, answers[0], {"a": 1}) == "status 201"
+    assert client.classify(201, b"anything") is None
+    assert client.classify(404, b"") == "status 404"
 
 
 @few
@@ -462,27 +367,8 @@ def test_summarize(values_ms: list[float], errors: int) -> None:
     found = client.summarize(values_ms, errors)
     middle_ms = statistics.median(values_ms), statistics.fmean(values_ms)
     expected = [min(values_ms), *middle_ms, *(cuts_ms[q - 1] for q in (90, 95, 99))]
-    for name, value in zip(COLUMNS, [*expected, max(values_ms)]):
-        if len(values_ms) < {"p90": 10, "p95": 20, "p99": 100}.get(name, 1):
-            assert found[name] is None
-        else:
-            assert found[name] == pytest.approx(value, abs=0.0501, rel=0)
+    for name, value in zip(m.COLUMNS, [*expected, max(values_ms)], strict=True):
+        enough = len(values_ms) >= m.NEEDED.get(name, 1)
+        near = pytest.approx(value, abs=0.0501, rel=0)
+        assert found[name] == (near if enough else None)
     assert (found["count"], found["errors"]) == (len(values_ms), errors)
-
-
-@pytest.mark.parametrize(
-    ("status", "content", "expected", "error"),
-    [
-        (200, b'{"a": 1}', {"a": 1}, None),
-        (200, b'{"a": 2}', {"a": 1}, "wrong answer"),
-        (200, b"no JSON", {"a": 1}, "wrong answer"),
-        (201, b'{"a": 1}', {"a": 1}, "status 201"),
-        (201, b"anything", None, None),
-        (404, b"", None, "status 404"),
-    ],
-)
-def test_classify(
-    status: int, content: bytes, expected: Any, error: str | None
-) -> None:
-    """An answer is right if it is the expected one, or any 2xx where none is expected."""
-    assert client.classify(status, content, expected) == error

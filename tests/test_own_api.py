@@ -4,184 +4,120 @@ import json
 import re
 import shutil
 import socket
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import harness as h
+import measure as m
 import pytest
 import trustme
-from harness import ROOT, Run, Server, run_client, serve
-from measure import reports, table, together
 
 OWN_API = "uvicorn own_api:app --app-dir tests --port {port} --no-access-log"
 TOKEN = "a-secret"
-QUICK = ["--idle", "0.5", "--duration", "2", "--pause", "0.3", "--small", "GET /health"]
-
-
-def batch(records: int) -> bytes:
-    """A body of nested records, some 40 bytes each."""
-    rows = [{"id": i, "tags": ["red", "green", f"t{i}"]} for i in range(records)]
-    return json.dumps({"records": rows}).encode()
+BEARER = f"--header 'Authorization: Bearer {TOKEN}'"
+QUICK = "--idle 0.5 --duration 1 --pause 0.3 --small 'GET /health'"
+ECHO = f"{QUICK} {BEARER} --large 'PUT /x/echo @any'"
+LARGE = f"{QUICK} --large 'POST /documents @big.json'"
+RIGHT = f"{LARGE} {BEARER}"
+UNTOLD = ("idle p99 > 99", "large p90 > 1", "idle max > 1")  # too few samples, and none
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("own")
-    (folder / "big.json").write_bytes(batch(2_000))
-    (folder / "huge.json").write_bytes(batch(200_000))  # about 9 MB
+    rows = [{"id": i, "tags": ["red", "green", f"t{i}"]} for i in range(200_000)]
+    for name, count, size in (("big", 2_000, 97_000), ("huge", 200_000, 9_300_000)):
+        body = json.dumps({"records": rows[:count]})
+        (folder / f"{name}.json").write_text(body.ljust(size))
+    (folder / "any").write_bytes(b"\xff\x00 any bytes " + TOKEN.encode())
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(f"{folder}/ca.pem")
+    cert = authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem
+    cert.write_to_path(f"{folder}/cert.pem")
     return folder
 
 
 @pytest.fixture(scope="module")
-def api() -> Iterator[Server]:
-    with serve(OWN_API) as server:
-        yield server
-
-
-def run(folder: Path, url: str, *arguments: str, token: str = TOKEN, **env: str) -> Run:
-    header = ("--header", f"Authorization: Bearer {token}") if token else ()
-    words = ("--base-url", url, *QUICK, *header, *arguments)
-    return run_client(*words, cwd=folder, env=env)
-
-
-def test_measures_any_requests(api: Server, folder: Path) -> None:
-    """--small and --large are sent as they are, any 2xx is right, and reports name them."""
-    large = "POST /documents @big.json"
-    done = run(folder, api.url, "--large", large, "--json", "own.json")
-    assert done.status == 0, done.stderr
-    size = f"{(folder / 'big.json').stat().st_size / 1000:.3g} kB"
-    heading = f"{api.url}, POST /documents, {size}; GET /health"
-    (report,) = reports(done.stdout).values()
-    assert list(reports(done.stdout)) == [heading]
-    assert all(row["errors"] == 0 for row in report.values())
-    requests = [row[0] for row in table(done.stdout)]
-    assert requests[0] == "idle (GET /health)"
-    assert requests[-1] == f"large (POST /documents, {size})"
-    saved = json.loads((folder / "own.json").read_text())
-    assert saved["parameters"]["large"] == large
-    assert saved["parameters"]["header"] == ["Authorization: ***"]
-
-
-def test_no_secret_in_any_output(api: Server, folder: Path) -> None:
-    """A header's value is in no output, be it the command, an error or an answer that echoes it."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        sock.listen()
+def outcome(stub: h.Server, folder: Path) -> dict[str, m.Measured]:
+    """All runs at once, as they mostly wait."""
+    kept = f"{RIGHT} --connections keep-alive --idle 0"
+    kept += "".join(f" --fail-if '{condition}'" for condition in UNTOLD)
+    ca = {"SSL_CERT_FILE": f"{folder}/ca.pem"}
+    tls_api = f"{OWN_API} --ssl-certfile {folder}/cert.pem"
+    with (
+        h.serve(OWN_API) as api,
+        h.serve(tls_api, tls="yes") as tls,
+        socket.create_server(("127.0.0.1", 0)) as sock,
+    ):
         silent = f"http://127.0.0.1:{sock.getsockname()[1]}"
-        large, plot = ("--large", "POST /documents @big.json"), folder / "own.svg"
-        serve = ("--serve", f"sh -c 'echo {TOKEN}; exit 3'")
-        runs = together(
-            {
-                "right": lambda: run(
-                    folder, api.url, *large, "--json", "s.json", "--plot", str(plot)
-                ),
-                "wrong": lambda: run(
-                    folder, api.url, "--large", f"POST /no/{TOKEN} @big.json"
-                ),
-                "silent": lambda: run(folder, silent, *large, "--timeout", "1"),
-                "log": lambda: run(folder, "http://127.0.0.1:9", *large, *serve),
-                "malformed": lambda: run(folder, api.url, f"--header={TOKEN}"),
-            }
-        )
-    assert [done.status for done in runs.values()] == [0, 2, 2, 2, 2]
-    texts = [done.stdout + done.stderr for done in runs.values()]
-    texts += [(folder / "s.json").read_text(), plot.read_text()]
+        nobody = f"http://127.0.0.1:{h.free_port()}"
+        csv, no = "content-type: text/csv; a=b", f"--large 'POST /no/{TOKEN} @big.json'"
+        log = f"--serve \"sh -c 'echo {TOKEN}; exit 3'\""
+        runs: dict[str, tuple[Any, ...]] = {
+            "right": (api.url, f"{RIGHT} --plot own.svg", folder),
+            "echo": (stub.url, ECHO, folder),
+            "typed": (stub.url, f"{ECHO} --header '{csv}'", folder),
+            "path": (api.url, f"{RIGHT} {no}", folder),
+            "silent": (silent, f"{RIGHT} --timeout 5.1", folder),
+            "log": (nobody, f"{RIGHT} {log}", folder),
+            "malformed": (api.url, f"{LARGE} --header={TOKEN}", folder),
+            "none": (api.url, LARGE, folder),
+            "other": (api.url, RIGHT.replace(TOKEN, "other"), folder),
+            "unknown CA": (tls.url, RIGHT, folder),
+            "tls": (tls.url, RIGHT, folder, ca),
+            "tls kept": (tls.url, kept, folder, ca),
+        }
+        return m.together({name: (m.measure, *run) for name, run in runs.items()})
+
+
+def test_measures_any_requests(outcome: dict[str, m.Measured]) -> None:
+    """--small and --large are sent as they are, also over TLS, any 2xx is right, reports tell."""
+    for name, status in {"right": 0, "tls": 0, "tls kept": 3}.items():
+        done = outcome[name]
+        assert done.status == status, done.stderr
+        ((heading, report),) = m.reports(done.stdout).items()
+        server = done.saved["runs"][0]["server"]
+        assert heading == f"{server}, POST /documents, 97 kB; GET /health"
+        assert all(row["errors"] == 0 for row in report.values())
+        requests = [row[0] for row in m.table(done.stdout)]
+        assert requests[0] == "idle (GET /health)"
+        assert requests[-1] == "large (POST /documents, 97 kB)"
+        assert done.saved["parameters"]["large"] == "POST /documents @big.json"
+        assert done.saved["parameters"]["header"] == ["Authorization: ***"]
+    for text in (condition.partition(" >")[0] for condition in UNTOLD):
+        assert f"{text} cannot be told: too few samples" in outcome["tls kept"].stderr
+
+
+def test_without_success(outcome: dict[str, m.Measured], folder: Path) -> None:
+    """The run stops with 2 and what the server says, a file is sent as it is, no secret shown."""
+    for name, why in {
+        "none": r"POST .*/documents: status 40[13].*Not authenticated",
+        "other": r"POST .*/documents: status 40[13].*wrong token",
+        "path": r"POST .*/no/\*\*\*: status 404.*Not Found",
+        "echo": r"status 404, APPLICATION/JSON b'\\xff\\x00 any bytes \*\*\*'",
+        "typed": r"status 404, TEXT/CSV; A=B b'\\xff\\x00 any bytes \*\*\*'",
+        "silent": "no HTTP answer.*timeout",
+        "log": r"the server's log ends:\n\*\*\*",
+        "malformed": "must be like 'Name: value'",
+        "unknown CA": "certificate verify failed.*SSL_CERT_FILE",
+    }.items():
+        assert (outcome[name].status, outcome[name].stdout) == (2, "")
+        assert re.search(why, outcome[name].stderr), outcome[name].stderr
+    texts = [f"{done.stdout}{done.stderr}{done.saved}" for done in outcome.values()]
+    texts.append((folder / "own.svg").read_text())
     assert not [text for text in texts if TOKEN in text]
 
 
-def test_without_the_token(api: Server, folder: Path) -> None:
-    """Where the large requests are all refused the run stops: 2, the 401, and what it says."""
-    large = ("--large", "POST /documents @big.json")
-    for token, why in {"": "Not authenticated", "other": "wrong token"}.items():
-        done = run(folder, api.url, *large, token=token)
-        assert (done.status, done.stdout) == (2, "")
-        assert re.search(f"POST .*/documents: status 40[13].*{why}", done.stderr)
-
-
-def test_content_type(tmp_path: Path) -> None:
-    """A file is sent byte for byte as JSON, or as the type that --header says."""
-    heads = []
-    (tmp_path / "body").write_bytes(b"\xff\x00 any bytes")
-
-    def serve_one(sock: socket.socket) -> None:
-        for _ in range(2):
-            peer, _ = sock.accept()
-            with peer:
-                heads.append(peer.recv(65536))
-                peer.sendall(b"HTTP/1.1 404 No\r\nContent-Length: 0\r\n\r\n")
-
-    def exchange(*flags: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as sock:
-            url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-            words = ["--base-url", url, "--small", "PUT /x @body", "--timeout", "1"]
-            words += ["--large", "PUT /x @body", *flags]
-            serving = threading.Thread(target=serve_one, args=[sock])
-            serving.start()
-            assert run_client(*words, cwd=tmp_path).status == 2
-            serving.join()
-
-    exchange()
-    exchange("--header", "content-type: text/csv; a=b")
-    assert b"\r\ncontent-type: application/json\r\n" in heads[1].lower()
-    assert b"\r\ncontent-type: text/csv; a=b\r\n" in heads[-1].lower()
-    assert all(head.endswith(b"\r\n\r\n\xff\x00 any bytes") for head in heads[1::2])
-
-
-def test_tls(folder: Path) -> None:
-    """https works with a private CA in SSL_CERT_FILE; without, the certificate is named."""
-    authority = trustme.CA()
-    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
-    cert = authority.issue_cert("127.0.0.1")
-    cert.private_key_and_cert_chain_pem.write_to_path(str(folder / "cert.pem"))
-    with serve(f"{OWN_API} --ssl-certfile {folder}/cert.pem", tls="yes") as server:
-        large = ("--large", "POST /documents @big.json")
-        keep = ("--connections", "keep-alive")
-        ca = str(folder / "ca.pem")
-        runs = together(
-            {
-                "new": lambda: run(folder, server.url, *large, SSL_CERT_FILE=ca),
-                "kept": lambda: run(
-                    folder, server.url, *large, *keep, SSL_CERT_FILE=ca
-                ),
-                "unknown": lambda: run(folder, server.url, *large),
-            }
-        )
-    assert [done.status for done in runs.values()] == [0, 0, 2]
-    for name in ("new", "kept"):
-        (report,) = reports(runs[name].stdout).values()
-        assert all(row["errors"] == 0 for row in report.values())
-    assert "certificate verify failed" in runs["unknown"].stderr
-    assert "SSL_CERT_FILE" in runs["unknown"].stderr
-
-
 def test_the_readme_fixes_it(folder: Path) -> None:
-    """The README's app, copied as it stands: /fixed keeps p95 of GET /health low during 9 MB, where
-    /documents has it far higher; --fail-if tells them apart, and fails where it cannot tell.
-    """
-    code = re.findall(
-        r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
-    )
-    assert (ROOT / "tests" / "own_api.py").read_text() in code
-    shutil.copy(ROOT / "tests" / "own_api.py", folder / "main.py")
-    limits = ("--fail-if", "during p95 > 100", "--rate", "100")
-
-    def one(path: str, *more: str) -> Run:
-        large = ("--large", f"POST {path} @huge.json")
-        return run(folder, server.url, *large, *limits, *more)
-
-    with serve("uvicorn main:app --port {port} --no-access-log", cwd=folder) as server:
-        before, after = one("/documents"), one("/fixed", "--duration", "3")
-        untold = one(
-            "/fixed", "--fail-if", "idle p99 > 99", "--fail-if", "large p90 > 1"
-        )
-    rows: list[Any] = [
-        *reports(before.stdout).values(),
-        *reports(after.stdout).values(),
-    ]
-    assert rows[0]["during"]["p95"] > 3 * rows[1]["during"]["p95"]
-    assert before.status == 3
-    value = rows[0]["during"]["p95"]
-    assert f"during p95 is {value} ms, over 100 ms" in before.stderr
-    assert after.status == 0, after.stderr
-    assert untold.status == 3
-    assert len(re.findall("cannot be told: too few", untold.stderr)) == 2
+    """The README's app: /fixed keeps `during` low where /documents does not; --fail-if tells."""
+    file, readme = h.ROOT / "tests" / "own_api.py", (h.ROOT / "README.md").read_text()
+    assert file.read_text() in re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    shutil.copy(file, folder / "main.py")
+    flags = f"{QUICK} {BEARER} --idle 0 --rate 100 --fail-if 'during p95 > 100' --large"
+    with h.serve("uvicorn main:app --port {port}", cwd=folder) as server:
+        before = m.measure(server.url, f"{flags} 'POST /documents @huge.json'", folder)
+        after = m.measure(server.url, f"{flags} 'POST /fixed @huge.json'", folder)
+    p95_ms = before.statistics("during")["p95"]
+    assert p95_ms > 3 * after.statistics("during")["p95"]
+    assert before.status == 3 and after.status == 0, after.stderr
+    assert f"during p95 is {p95_ms} ms, over 100 ms" in before.stderr
