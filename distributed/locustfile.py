@@ -2,8 +2,8 @@
 
 Of the users (-u) half are small, half are large. A small one sends --rate requests per
 second, open loop: each in a greenlet of its own, its response time counted from when it was
-due, so that a stall counts for everybody whom it delayed. A large one sends one request at a
-time, and pauses for --pause seconds. Answers are checked as client.py does.
+due, so that a stall counts against every request that it delays. A large one sends one
+request at a time, and pauses for --pause seconds. Answers are checked as in client.py.
 """
 
 import random

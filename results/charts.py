@@ -15,14 +15,10 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))
 import client
 
-CURVES = {  # label: part of the server's name, endpoint, color
+CURVES = {  # how the server's command begins, the endpoint, the color
     "one worker, /pong": ("uvicorn", "/pong", "#d55e00"),
-    "four workers, /pong": ("-w 4", "/pong", "#0072b2"),
-    "one worker, /pong?offload=process": (
-        "uvicorn",
-        "/pong?offload=process",
-        "#009e73",
-    ),
+    "four workers, /pong": ("gunicorn", "/pong", "#0072b2"),
+    "one worker, offload=process": ("uvicorn", "/pong?offload=process", "#009e73"),
 }
 
 
@@ -40,8 +36,7 @@ def p95_ms(file: str, server: str, endpoint: str) -> dict[int, Any]:
     return {
         run.uploads: client.summarize_all(run.samples)["small"]["p95"]
         for run in runs_in(file)
-        if run.server.startswith(server) or server in run.server
-        if run.endpoint == endpoint
+        if run.server.startswith(server) and run.endpoint == endpoint
     }
 
 
@@ -54,8 +49,9 @@ def draw_uploads(file: Path) -> None:
             axis.plot([*points], [*points.values()], style, color=color, label=label)
             label = "_"  # matplotlib shows no such label
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.set_xticks([1, 2, 4, 8])
-    axis.set_xlabel("25 MB uploads at once")
+    axis.set_xlabel("25 MB uploads in flight at once (dotted: the second run)")
     axis.set_ylabel("p95 of small requests, ms")
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)

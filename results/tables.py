@@ -4,10 +4,12 @@ python results/tables.py
 """
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
@@ -17,6 +19,7 @@ import truth
 from client import Row, Sample, summarize_all
 
 Key = tuple[str, str, int]  # server, endpoint, uploads at once
+MODELS = ("documents", "thread", "small_result", "models")
 
 PATHS = ("/ping", "/pong", "/pong?offload=thread", "/pong?offload=process")
 
@@ -42,6 +45,17 @@ def only(file: str) -> dict[str, Row]:
     """The statistics of a file with one run."""
     (report,) = cells(file).values()
     return report
+
+
+def figure(file: str, key: Key, name: str, column: str) -> float:
+    value = cells(file)[key][name][column]
+    assert value is not None
+    return value
+
+
+def pair(file: str, key: Key, name: str, column: str = "p95") -> str:
+    """The figure of two runs."""
+    return " / ".join(ms(figure(f, key, name, column)) for f in (file, f"{file}_again"))
 
 
 def short(server: str) -> str:
@@ -112,62 +126,46 @@ def seed() -> str:
 
 
 def uploads() -> str:
-    runs = cells("uploads"), cells("uploads_again")
-
-    def pair(key: Key, name: str, column: str) -> str:
-        return " / ".join(ms(run[key][name][column]) for run in runs)
-
     rows = (
-        [
-            f"`{key[0]}`",
-            f"`{key[1]}`",
-            key[2],
-            pair(key, "small", "p95"),
-            pair(key, "during", "p95"),
-        ]
-        + [pair(key, "large", "median"), pair(key, "large", "count")]
-        for key in runs[0]
+        [f"`{key[0]}`", f"`{key[1]}`", key[2]]
+        + [pair("uploads", key, "small"), pair("uploads", key, "large", "median")]
+        + [pair("uploads", key, "large", "count")]
+        for key in cells("uploads")
     )
-    return markdown(
-        "server | endpoint | uploads at once | p95 of small | p95 of during | median of large | large answered",
-        rows,
-        2,
-    )
+    titles = "server | endpoint | uploads at once | p95 of small | median of large"
+    return markdown(f"{titles} | large answered", rows, 2)
 
 
-def compare(files: Iterable[str], texts: dict[str, str] = {}) -> str:
-    """The main figures of some files, a row for each run."""
+COLUMNS = (  # a title, and where it is
+    ("idle median", "idle", "median"),
+    ("small p95", "small", "p95"),
+    ("during p95", "during", "p95"),
+    ("during max", "during", "max"),
+    ("large median", "large", "median"),
+)
+CLOSED = (
+    ("small answered", "small", "count"),
+    ("small p90", "small", "p90"),
+    *COLUMNS[:1],
+)
+
+
+def compare(*files: str, columns: Iterable[tuple[str, str, str]] = COLUMNS) -> str:
+    """A row for each run; a second run, in FILE_again, stands beside the first."""
     rows = []
     for file in files:
-        for (server, endpoint, _), report in cells(file).items():
-            what = texts.get(file, endpoint)
-            figures = [
-                ms(report["idle"]["median"]),
-                ms(report["small"]["p90"]),
-                ms(report["small"]["p95"]),
+        again = [f for f in (file, f"{file}_again") if (FOLDER / f"{f}.json").exists()]
+        for key in cells(file):
+            row = [
+                f"`{key[0]}`",
+                f"`{key[1]}`" if len(files) == 1 else f"`{file}.json`",
             ]
-            figures += [
-                ms(report["during"]["p95"]),
-                ms(report["during"]["max"]),
-                ms(report["large"]["median"]),
-            ]
-            errors = sum(
-                int(row["errors"] or 0)
-                for name, row in report.items()
-                if name != "during"
-            )
-            rows.append(
-                [
-                    f"`{file}.json`",
-                    f"`{server}`",
-                    what,
-                    *figures,
-                    report["small"]["count"],
-                    errors,
-                ]
-            )
-    titles = "raw file | server | endpoint | idle median | small p90 | small p95 | during p95 | during max | large median | small answered | errors"
-    return markdown(titles, rows, 3)
+            for _, name, column in columns:
+                row.append(" / ".join(ms(cells(f)[key][name][column]) for f in again))
+            rows.append(row)
+    second = "endpoint" if len(files) == 1 else "raw file"
+    titles = ["server", second, *(title for title, _, _ in columns)]
+    return markdown(" | ".join(titles), rows, 2)
 
 
 def sizes() -> str:
@@ -194,8 +192,8 @@ def memory() -> str:
     return markdown("server | endpoint | 1 upload | 4 at once", rows, 2)
 
 
-def tools() -> str:
-    """The range of three runs of results/truth.py."""
+def tools(among: str = "") -> str:
+    """The range of three runs of results/truth.py, of all or of the tools that match."""
     runs = [truth.rows(FOLDER / f"truth_{i}") for i in (1, 2, 3)]
 
     def span(name: str, i: int) -> str:
@@ -205,45 +203,130 @@ def tools() -> str:
         )
         return " to ".join(ends) or "-"
 
-    rows = ([name, *(span(name, i) for i in range(4))] for name in runs[0])
+    rows = (
+        [name, *(span(name, i) for i in range(4))]
+        for name in runs[0]
+        if re.search(among, name)
+    )
     return markdown("tool | p90 | p95 | p99 | max", rows, 1)
 
 
 def tables() -> dict[str, str]:
-    """All of them by heading, as they stand in a README.md."""
+    """All of them, as they stand in a README.md."""
+    loops = ("loop_open_new", "loop_closed_new", "loop_closed_new-client")
     return {
         "try it": first(),
         "one upload": matrix(1),
         "eight uploads": matrix(8),
         "the first table": seed(),
         "uploads at once": uploads(),
-        "threads, def, ijson": compare(["variants", "variants_again"]),
-        "own API": compare(["own_documents", "own_fixed"]),
-        "what comes back": compare(
-            [
-                f"models_{name}"
-                for name in ("documents", "thread", "small_result", "models")
-            ]
-        ),
-        "reuse-port": compare(["reuse_port", "reuse_port_again"]),
-        "keep-alive": compare(["keep_alive", "keep_alive_again"]),
-        "health check": compare(["health_check"]),
-        "closed loop": compare(
-            [
-                f"loop_{loop}_{way}"
-                for loop in ("open", "closed")
-                for way in ("new", "new-client")
-            ]
-        ),
-        "uvloop": compare(["uvloop", "uvloop_again"]),
+        "stock, def, ijson": compare("variants"),
+        "own API": compare("own_documents", "own_fixed"),
+        "what comes back": compare(*(f"models_{name}" for name in MODELS)),
+        "reuse-port": compare("reuse_port"),
+        "keep-alive": compare("keep_alive"),
+        "health check": compare("health_check"),
+        "closed loop": compare(*loops, columns=CLOSED),
+        "uvloop": compare("uvloop"),
         "sizes": sizes(),
         "per entry": (FOLDER / "per_entry.md").read_text(),
         "one body": (FOLDER / "one_body.md").read_text(),
         "memory": memory(),
         "tools": tools(),
+        "some tools": tools(r"arithmetic|hey, 50|Locust, 50|client|log"),
+    }
+
+
+def seconds(file: str, key: Key, name: str, column: str) -> str:
+    return f"{figure(file, key, name, column) / 1000:.2f} s"
+
+
+def stage_ms(name: str) -> str:
+    """The median of a stage of /pong, in the server's own words."""
+    (run,) = [run for run in load("picture")["runs"] if run["endpoint"] == "/pong"]
+    stages = [sample[5] for sample in run["samples"] if sample[0] == "large"]
+    return ms(median(stage[name] for stage in stages))
+
+
+def body_row(app: str, endpoint: str, body: str) -> list[str]:
+    """A row of one_body.md: status, seconds, longest wait, bytes, peak memory."""
+    for line in (FOLDER / "one_body.md").read_text().splitlines():
+        row = [cell.strip() for cell in line.strip("|").split("|")]
+        if row[:3] == [app, endpoint, body]:
+            return row[3:]
+    raise KeyError((app, endpoint, body))
+
+
+def own_error_ms() -> float:
+    """The largest difference of client.py to the log of the stub, in three runs."""
+    name, log = "`client.py`", "the stub's own log of these"
+    runs = [truth.rows(FOLDER / f"truth_{i}") for i in (1, 2, 3)]
+    pairs = [zip(run[name], run[log], strict=True) for run in runs]
+    return max(abs((a or 0) - (b or 0)) for row in pairs for a, b in row)
+
+
+ONE, FOUR = "uvicorn", "gunicorn -w 4 -k uvicorn_worker.UvicornWorker"
+REUSE = f"{FOUR} --reuse-port"
+PONG, THREAD, PROCESS = PATHS[1:]
+
+
+def sentences() -> dict[str, str]:
+    """Whatever else has a figure in it, word for word."""
+    ping = "picture", (ONE, "/ping", 1)
+    four, one = (FOUR, PONG, 8), (ONE, PROCESS, 8)
+    variants = "uvicorn variants:app --app-dir results"
+    stock = body_row("variants:app", "/stock", "all floats")
+    fast = body_row("server:app", "/ping", "all floats")
+    depends = body_row("own_api:app", "/documents", "valid, no token")
+    first = body_row("own_api:app", "/fixed", "valid, no token")
+    own = {name: only(f"own_{name}") for name in ("documents", "fixed")}
+    models = {name: only(f"models_{name}") for name in MODELS}
+    opened, closed = only("loop_open_new"), only("loop_closed_new")
+    new_client = only("loop_closed_new-client")
+    return {
+        "headline": f"{seconds(*ping, 'during', 'median')} in the median and "
+        f"{seconds(*ping, 'during', 'max')} at most, where alone it takes "
+        f"{ms(figure(*ping, 'idle', 'median'))} ms.",
+        "reuse": f"`--reuse-port`: one upload is enough for {pair('servers', (REUSE, '/ping', 1), 'during')} ms, as the "
+        "kernel deals connections to the busy worker too.",
+        "thread bounded": "One worker, thread, eight uploads: "
+        f"{pair('servers', (ONE, THREAD, 8), 'during')} ms instead of {pair('servers', (ONE, PONG, 8), 'during')} ms. That is "
+        "the limiter, which lets one body in at a time, not the thread.",
+        "workers": f"{pair('uploads', (FOUR, PONG, 2), 'small')} ms at two uploads, "
+        f"{pair('uploads', four, 'small')} ms at eight",
+        "process": f"{pair('uploads', one, 'small')} ms at eight",
+        "price": f"at eight they take {pair('uploads', one, 'large', 'median')} ms each, on four workers "
+        f"{pair('uploads', four, 'large', 'median')} ms",
+        "parse": f"Of {stage_ms('total')} ms for a `/pong`, {stage_ms('parse')} ms are one call of the parser.",
+        "thread": f"p95 {ms(figure('picture', (ONE, THREAD, 1), 'during', 'p95'))} ms with a thread, "
+        f"{ms(figure('picture', (ONE, PONG, 1), 'during', 'p95'))} ms without",
+        "def": f"p95 {pair('variants', (variants, '/stock_def', 1), 'during')} ms with `def`, "
+        f"{pair('variants', (variants, '/stock', 1), 'during')} ms with `async def`",
+        "ijson": f"p95 {pair('variants', (variants, '/ijson', 1), 'during')} ms; the upload takes "
+        f"{pair('variants', (variants, '/ijson', 1), 'large', 'median')} ms",
+        "gunicorn 23": f"p95 {pair('reuse_port', (f'.venv23/bin/{REUSE}', '/ping', 1), 'during')} ms with gunicorn 23, "
+        f"{pair('reuse_port', (REUSE, '/ping', 1), 'during')} ms with the current one",
+        "kept": f"idle median {pair('keep_alive', ('uvicorn --workers 4', '/ping', 1), 'idle', 'median')} ms on "
+        f"kept connections, {pair('keep_alive', (FOUR, '/ping', 1), 'idle', 'median')} ms with gunicorn",
+        "closed": f"p90 {ms(closed['small']['p90'])} ms, where the open loop sees {ms(opened['small']['p90'])} ms",
+        "new client": f"idle median {ms(new_client['idle']['median'])} ms instead of {ms(closed['idle']['median'])} ms",
+        "uvloop": f"p95 {pair('uvloop', ('.venv-uvloop/bin/uvicorn --loop uvloop --http httptools', '/ping', 1), 'during')} ms "
+        f"with uvloop and httptools, {pair('uvloop', (ONE, '/ping', 1), 'during')} ms without",
+        "invalid": f"{stock[1]} s and an answer of {float(stock[3]) / 1e6:.0f} MB from a stock endpoint, {fast[1]} s and "
+        f"{fast[3]} bytes from `/ping`",
+        "token": f"401 after {depends[1]} s for which others wait, and after {first[1]} s where the token comes first",
+        "before": f"p95 of `GET /health` while 20 MB are in flight: {ms(own['documents']['during']['p95'])} ms before, "
+        f"{ms(own['fixed']['during']['p95'])} ms after.",
+        "models": f"p95 {ms(models['models']['during']['p95'])} ms with the models, "
+        f"{ms(models['small_result']['during']['p95'])} ms with a number.",
+        "own thread": f"p95 {ms(models['thread']['during']['p95'])} ms, where the stock endpoint has "
+        f"{ms(models['documents']['during']['p95'])} ms.",
+        "log": f"At most {own_error_ms():.1f} ms lie between its p90, p95, p99 or max and those of the stub's own log of the "
+        "same requests, in three runs.",
     }
 
 
 if __name__ == "__main__":
     for heading, text in tables().items():
         print(f"{heading}\n\n{text}")
+    print(*sentences().values(), sep="\n")

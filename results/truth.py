@@ -4,7 +4,7 @@
 
 tests/stub.py freezes for 0.4 s of every 1.5 s, whoever calls. For requests spread evenly in
 time P(latency > x) = (0.4 - x) / 1.5, so p90 = 250 ms, p95 = 325 ms, p99 = 385 ms, max =
-400 ms. Each tool sends 50 requests per second for 21 s, as it is commonly called (wrk cannot
+400 ms. Each tool sends 50 requests per second for 15 s, as it is commonly called (wrk cannot
 pace). A tool that is not installed is left out: hey and wrk (Debian), locust (PyPI),
 autocannon (npm). What each printed goes to FOLDER, and a Markdown table to stdout; its last
 row is the stub's own log of the requests of client.py.
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 ENV = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 URL = "http://127.0.0.1:8766"
-DURATION_S = 21  # 14 periods of the stub
+DURATION_S = 15  # ten periods of the stub
 LOCUSTFILE = """
 from locust import HttpUser, constant_throughput, task
 

@@ -1,18 +1,19 @@
-"""Start real servers and the real client as processes, and leave nothing behind."""
+"""Start real servers and leave nothing behind; bodies for server.py and what it answers."""
 
+import json
 import os
 import shlex
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from subprocess import DEVNULL, Popen, TimeoutExpired, check_output
+from typing import Any, NamedTuple
 
 from httpx import Client, Response
 
@@ -22,9 +23,14 @@ ENV = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 UVICORN = "uvicorn server:app --port {port}"
 JSON = "application/json"
 
+PATHS = ("/ping", "/pong", "/pong?offload=thread", "/pong?offload=process")
+SMALL = b'{"name":"a","data":{"x":-1,"y":7,"z":3}}'
+SMALL_ANSWER = {"name": "a", "count": 3, "maxval": 7}
+
+Answer = dict[str, Any] | None
 Env = dict[str, str] | None
 Body = bytes | Iterator[bytes]
-Process = subprocess.Popen[bytes]
+Process = Popen[bytes]
 
 
 def free_port() -> int:
@@ -49,8 +55,7 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 30) -> None:
 def processes() -> list[tuple[int, int, int]]:
     """The pid, parent and process group of each process that is not a zombie."""
     ps = ["ps", "-A", "-o", "pid=,ppid=,pgid=,stat="]
-    listing = subprocess.run(ps, capture_output=True, text=True, check=True).stdout
-    rows = map(str.split, listing.splitlines())
+    rows = map(str.split, check_output(ps, text=True).splitlines())
     return [(int(a), int(b), int(c)) for a, b, c, stat in rows if stat[0] != "Z"]
 
 
@@ -68,20 +73,14 @@ def started(
     command: list[str], output: int, errors: int, env: Env = None, cwd: Path = ROOT
 ) -> Iterator[Process]:
     """A process in a group of its own, of which nothing is left afterwards."""
-    process = subprocess.Popen(
-        command,
-        cwd=cwd,
-        env=ENV | (env or {}),
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=errors,
-        start_new_session=True,
-    )
+    how: dict[str, Any] = {"cwd": cwd, "env": ENV | (env or {}), "stdin": DEVNULL}
+    how |= {"stdout": output, "stderr": errors, "start_new_session": True}
+    process = Popen(command, **how)
     try:
         yield process
     finally:
         process.terminate()  # does nothing if the process has ended
-        with suppress(subprocess.TimeoutExpired):
+        with suppress(TimeoutExpired):
             process.wait(10)
         with suppress(ProcessLookupError, PermissionError):  # macOS: zombies alone
             os.killpg(process.pid, signal.SIGKILL)
@@ -122,10 +121,8 @@ def serve(
 @contextmanager
 def connected(command: str = UVICORN, **env: str) -> Iterator[tuple[Server, Client]]:
     """A server of its own and a client of it."""
-    with (
-        serve(command, env) as server,
-        Client(base_url=server.url, timeout=120) as client,
-    ):
+    with serve(command, env) as server, Client(timeout=120) as client:
+        client.base_url = server.url
         yield server, client
 
 
@@ -134,24 +131,31 @@ def post(client: Client, path: str, body: Body, media_type: str = JSON) -> Respo
     return client.post(path, content=body, headers=headers)
 
 
-def client_command(*arguments: str) -> list[str]:
-    return [sys.executable, str(ROOT / "client.py"), *arguments]
+@cache
+def valid_body(entries: int) -> tuple[bytes, Answer]:
+    """A valid body, 21 to 26 bytes per entry, and the right answer to it."""
+    data = {f"key{i:010d}": i * 7919 % 2_000_003 - 1_000_000 for i in range(entries)}
+    answer = {"name": "é", "count": entries, "maxval": max(data.values(), default=0)}
+    return json.dumps({"name": "é", "data": data}).encode(), answer
 
 
-@dataclass
-class Run:
-    """What a finished client.py left."""
-
-    status: int
-    stdout: str
-    stderr: str
+def answers(client: Client, body: bytes) -> list[Response]:
+    """What all paths say to a body as it is, and padded past the 64 KiB for `offload`."""
+    padded = {body, body.ljust(70_000)}
+    return [post(client, path, content) for path in PATHS for content in padded]
 
 
-def run_client(
-    *arguments: str, cwd: Path = ROOT, env: Env = None, timeout_s: float = 60
-) -> Run:
-    """Run client.py to its end."""
-    pipe, command = subprocess.PIPE, client_command(*arguments)
-    with started(command, pipe, pipe, env, cwd) as process:
-        output, errors = process.communicate(timeout=timeout_s)
-    return Run(process.returncode, output.decode(), errors.decode())
+def assert_answer(response: Response, answer: Answer = SMALL_ANSWER) -> None:
+    assert (response.status_code, response.json()) == (200, answer)
+
+
+def assert_problem(response: Response, statuses: tuple[int, ...] = (422,)) -> None:
+    """A rejection in the contract's form."""
+    assert response.status_code in statuses and len(response.content) < 2000
+    if response.status_code == 422:
+        (detail,) = response.json().items()
+        assert detail[0] == "detail" and 1 <= len(detail[1]) <= 2
+        for error in detail[1]:
+            assert error.keys() == {"type", "loc", "msg"}
+            assert isinstance(error["type"], str) and isinstance(error["msg"], str)
+            assert all(isinstance(part, (str, int)) for part in error["loc"])

@@ -4,23 +4,25 @@ import ast
 import json
 import re
 import shlex
+import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from subprocess import PIPE
+from typing import Any, NamedTuple
 
 import httpx
-from harness import ROOT, Run, run_client
+from harness import ROOT, started
 
 CLASSES = ("idle", "small", "during", "large")
 COLUMNS = ("min", "median", "mean", "p90", "p95", "p99", "max")
 NEEDED = {"p90": 10, "p95": 20, "p99": 100}  # samples
 SAMPLE = ("kind", "due_s", "sent_s", "done_s", "error", "stages_ms")
 SHORT = "--idle 0.5 --duration 1 --large-mb 0.1 --pause 0.2"
+CLIENT = [sys.executable, str(ROOT / "client.py")]
 TESTS = shlex.quote(str(ROOT / "tests"))
 STUB = f"uvicorn stub:app --app-dir {TESTS} --port {{port}}"
 RAW_STUB = f"python {TESTS}/stub.py {{port}}"
@@ -45,10 +47,12 @@ def table(stdout: str) -> list[list[str]]:
     return cells[2:]
 
 
-@dataclass
-class Measured(Run):
+class Measured(NamedTuple):
     """A finished run of the client, with what it wrote to --json."""
 
+    status: int
+    stdout: str
+    stderr: str
     saved: dict[str, Any]
     ended_s: float  # since 1970
 
@@ -65,11 +69,12 @@ def measure(url: str, flags: str, cwd: Path = ROOT, env: Row | None = None) -> M
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "json"
         where = ["--base-url", url] if url else []
-        words = ["--json", str(file), *where, *shlex.split(flags)]
-        done = run_client(*words, cwd=cwd, env=env)
+        command = [*CLIENT, "--json", str(file), *where, *shlex.split(flags)]
+        with started(command, PIPE, PIPE, env, cwd) as process:
+            stdout, stderr = map(bytes.decode, process.communicate(timeout=60))
         saved = json.loads(file.read_text()) if file.exists() else {}
-    assert "Traceback" not in done.stderr, done.stderr
-    return Measured(done.status, done.stdout, done.stderr, saved, time.time())
+    assert "Traceback" not in stderr, stderr
+    return Measured(process.returncode, stdout, stderr, saved, time.time())
 
 
 def seen_by(url: str, path: str) -> Counter[str]:

@@ -1,10 +1,7 @@
 from anyio import CapacityLimiter, to_process
 from fastapi import Depends, FastAPI, HTTPException, Request
-from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ValidationError
 
-TOKEN = "a-secret"
-bearer = HTTPBearer()
 limiter = CapacityLimiter(1)  # worker processes, each with one body at a time
 app = FastAPI(max_body_size=64 * 2**20)
 
@@ -19,8 +16,7 @@ class Batch(BaseModel):
 
 
 async def check_token(request: Request) -> None:
-    given = await bearer(request)
-    if not given or given.credentials != TOKEN:
+    if request.headers.get("Authorization") != "Bearer a-secret":
         raise HTTPException(401, "wrong token")
 
 

@@ -3,12 +3,11 @@
     uvicorn stub:app --app-dir tests --port PORT
     python tests/stub.py PORT cut|reset|silent|garbage|periodic|held
 
-The first gives the right answer to a POST, except where the last part of the path says so,
-`answer` knows how. The second, given the right port and fault, breaks off every second answer,
-resets every second connection, accepts and never answers, or speaks no HTTP; freezes for the
-first 0.4 s of every 1.5 s; or holds 1,000 small requests after a warm-up, and then answers
-all at once. GET /counts shows the POSTs by path and name, GET /left when each answer to a
-small request left, on the clock of time.perf_counter(), which all processes share.
+The first gives the right answer to a POST, unless the last part of the path says otherwise.
+The second breaks off every second answer, resets every second connection, never answers, or
+speaks no HTTP; freezes for the first 0.4 s of every 1.5 s; or holds 1,000 small requests and
+then answers all at once. GET /counts shows the POSTs by path and name, GET /left when each
+answer to a small request left, on the clock of time.perf_counter(), which processes share.
 """
 
 import asyncio

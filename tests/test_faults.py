@@ -113,7 +113,7 @@ def test_no_success_in_the_warm_up(outcome: dict[str, Any]) -> None:
         "garbage": "no HTTP answer.*RemoteProtocolError",
     }.items():
         found = outcome[fault]
-        done = found[0] if isinstance(found, tuple) else found
+        done = found if isinstance(found, m.Measured) else found[0]
         assert (done.status, done.stdout) == (2, "")
         assert re.search(why, done.stderr) and "http://127.0.0.1:" in done.stderr
         assert len(done.stderr.splitlines()) == 2

@@ -5,10 +5,8 @@ import re
 import subprocess
 from typing import Any
 
-import harness
+import harness as h
 import pytest
-from bodies import PATHS, SMALL, answers, assert_answer, assert_problem, valid_body
-from harness import UVICORN, connected, post
 from httpx import Client
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,11 +23,9 @@ def right_answer(document: Any) -> dict[str, Any] | None:
     return None
 
 
-VALID = [valid_body(entries)[0] for entries in (0, 1, 4_000)]
-VALID += [
-    b'{"name":"%s","data":{}}' % ("😀" * 200).encode(),
-    b'\r\n{"name":"","data":{ }}\t',
-]
+VALID = [h.valid_body(entries)[0] for entries in (0, 1, 4_000)]
+VALID += [b'{"name":"%s","data":{}}' % ("😀" * 200).encode()]
+VALID += [b'\r\n{"name":"","data":{ }}\t']
 VALID += rb"""
     {"name":"a","data":{"x":-5,"y":-3}} {"x":[1.5,{"name":2}],"name":"a","data":{}}
     {"name":"","data":{"":-9223372036854775808}} {"name":"a","data":{"x":-0}}
@@ -41,18 +37,18 @@ VALID += rb"""
 @pytest.mark.parametrize("body", VALID, ids=lambda body: repr(body)[:40])
 def test_valid(api: Client, body: bytes) -> None:
     """What is inside of the contract, be it at the edge, is answered right on all paths."""
-    for response in answers(api, body):
-        assert_answer(response, right_answer(json.loads(body)))
+    for response in h.answers(api, body):
+        h.assert_answer(response, right_answer(json.loads(body)))
 
 
 def test_valid_25_mb(api: Client) -> None:
     """25 MB are answered right, and Server-Timing tells where the milliseconds of /pong went."""
-    body, answer = valid_body(1_000_000)
-    ping, *pongs = answers(api, body)
-    assert_answer(ping, answer)
+    body, answer = h.valid_body(1_000_000)
+    ping, *pongs = h.answers(api, body)
+    h.assert_answer(ping, answer)
     assert "Server-Timing" not in ping.headers
     for pong in pongs:
-        assert_answer(pong, answer)
+        h.assert_answer(pong, answer)
         stages = [s.split(";dur=") for s in pong.headers["Server-Timing"].split(", ")]
         assert [stage for stage, _ in stages] == ["read", "parse", "validate", "total"]
         *parts_ms, total_ms = [float(ms) for _, ms in stages]
@@ -72,33 +68,31 @@ WRONG += rb"""
     {"name":"a","data":{"x":{"SECRET":1}}} {"name":"a","data":{"x":SECRET}}
     {"name":"SECRET","data":{"x":1,}}
     """.split()
-WRONG += [b"", b"  ", SMALL + SMALL, b'{"name":"\n","data":{}}']
+WRONG += [b"", b"  ", h.SMALL + h.SMALL, b'{"name":"\n","data":{}}']
 WRONG += [b'{"name":"%s","data":{}}' % name for name in (b"x" * 201, b"SECRET" * 50)]
 WRONG += [b'{"name":1,"data":{"%sSECRET":"SECRET"}}' % (b"k" * 5000)]
 
 
 @pytest.mark.parametrize("body", WRONG, ids=lambda body: repr(body)[:40])
 def test_wrong(api: Client, body: bytes) -> None:
-    """What the contract excludes gets a short error of one form on all paths, and nothing of the
-    body is repeated but the first 100 characters of a key.
-    """
-    for response in answers(api, body):
-        assert_problem(response)
+    """What the contract excludes gets a short error, that repeats 100 characters of a key at most."""
+    for response in h.answers(api, body):
+        h.assert_problem(response)
         assert "SECRET" not in response.text and "k" * 101 not in response.text
 
 
 def test_dialects(api: Client) -> None:
     """Where json.loads and orjson differ, so do /ping and /pong, as the docstring says."""
-    ping = [SMALL.decode().encode(code) for code in ("utf-16", "utf-32", "utf-8-sig")]
+    ping = [h.SMALL.decode().encode(code) for code in ("utf-16", "utf-32", "utf-8-sig")]
     rests = rb'{},"x":NaN {},"x":1e400 {"\ud800":1} {"x":1e400,"x":1}'.split()
     ping += [b'{"name":"a","data":%s}' % rest for rest in rests]
     for body in ping:
-        assert post(api, "/ping", body).status_code == 200
-        for pong in answers(api, body)[2:]:
-            assert_problem(pong)
+        assert h.post(api, "/ping", body).status_code == 200
+        for pong in h.answers(api, body)[2:]:
+            h.assert_problem(pong)
     for depth, status in {1023: 200, 1024: 422}.items():  # within an object
         body = b'{"name":"a","data":{},"x":%s%s}' % (b"[" * depth, b"]" * depth)
-        assert {pong.status_code for pong in answers(api, body)[2:]} == {status}
+        assert {pong.status_code for pong in h.answers(api, body)[2:]} == {status}
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
@@ -117,23 +111,23 @@ def test_paths_agree(api: Client, document: Any, ascii: bool, indent: int) -> No
     """On RFC 8259 JSON in UTF-8 all paths give the answer of the contract."""
     text = json.dumps(document, ensure_ascii=ascii, indent=indent)
     answer = right_answer(document)
-    for response in answers(api, text.encode().ljust(70_000)):
-        assert_answer(response, answer) if answer else assert_problem(response)
+    for response in h.answers(api, text.encode().ljust(70_000)):
+        h.assert_answer(response, answer) if answer else h.assert_problem(response)
 
 
 def test_limit(api: Client) -> None:
     """MAX_BODY_MB=1 lets exactly 1 MiB pass, however it is sent; without it are 64 MiB."""
-    with connected(MAX_BODY_MB="1") as (_, client):
+    with h.connected(MAX_BODY_MB="1") as (_, client):
         for over_bytes, status in {0: 200, 1: 413, 5 * 2**20: 413}.items():
-            body = SMALL.ljust(2**20 + over_bytes)
-            for path in PATHS:
+            body = h.SMALL.ljust(2**20 + over_bytes)
+            for path in h.PATHS:
                 pieces = (body[at : at + 2**18] for at in range(0, len(body), 2**18))
-                assert post(client, path, body).status_code == status
-                assert post(client, path, pieces).status_code == status  # no length
-                assert_answer(post(client, path, SMALL))
+                assert h.post(client, path, body).status_code == status
+                assert h.post(client, path, pieces).status_code == status  # no length
+                h.assert_answer(h.post(client, path, h.SMALL))
     for over_bytes, status in {0: 200, 1: 413}.items():
-        body = SMALL.ljust(64 * 2**20 + over_bytes)
-        assert post(api, "/pong", body).status_code == status
+        body = h.SMALL.ljust(64 * 2**20 + over_bytes)
+        assert h.post(api, "/pong", body).status_code == status
 
 
 @pytest.mark.parametrize("value", ["64MB", "-1", "", "1234567"])
@@ -141,7 +135,7 @@ def test_junk_in_the_limit(value: str) -> None:
     """A MAX_BODY_MB that is no number ends the server at once, with a line that names it."""
     command, env = ["uvicorn", "server:app", "--port=0"], {"MAX_BODY_MB": value}
     pipe = subprocess.PIPE
-    with harness.started(command, pipe, subprocess.STDOUT, env) as process:
+    with h.started(command, pipe, subprocess.STDOUT, env) as process:
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 3
     assert re.fullmatch("MAX_BODY_MB must be .*\n", output.decode())
@@ -149,14 +143,14 @@ def test_junk_in_the_limit(value: str) -> None:
 
 def test_wrong_request(api: Client) -> None:
     """Without a JSON media type /ping answers 422 and /pong 415, and 422 to an unknown offload."""
-    assert_problem(post(api, "/pong?offload=fork", SMALL))
+    h.assert_problem(h.post(api, "/pong?offload=fork", h.SMALL))
     right = "application/json|Application/JSON; charset=utf-8|application/vnd.api+json"
     wrong = "|text/plain|text/json|application/jsonp|application/json+xml|multipart/x"
-    for path in PATHS:
+    for path in h.PATHS:
         for media_type in right.split("|"):
-            assert_answer(post(api, path, SMALL, media_type))
+            h.assert_answer(h.post(api, path, h.SMALL, media_type))
         for media_type in wrong.split("|"):
-            status = post(api, path, SMALL, media_type).status_code
+            status = h.post(api, path, h.SMALL, media_type).status_code
             assert status == (422 if path == "/ping" else 415)
 
 
@@ -171,32 +165,28 @@ def test_openapi(api: Client) -> None:
         schema = body["content"]["application/json"]["schema"]
         if schema == {"$ref": "#/components/schemas/Payload"}:
             schema = document["components"]["schemas"]["Payload"]
-        assert body["required"] and set(schema["required"]) == {"name", "data"}
         name, data = schema["properties"]["name"], schema["properties"]["data"]
-        assert (name["type"], name["maxLength"], data["type"]) == (
-            "string",
-            200,
-            "object",
-        )
-        assert data["additionalProperties"]["type"] == "integer"
+        types = name["type"], data["type"], data["additionalProperties"]["type"]
+        assert types == ("string", "object", "integer") and name["maxLength"] == 200
+        assert body["required"] and set(schema["required"]) == {"name", "data"}
     assert api.get("/docs").headers["Content-Type"].startswith("text/html")
 
 
 GUNICORN = "gunicorn -w 2 server:app -b 127.0.0.1:{port} -k "
-WORKERS = ["asgi", "uvicorn_worker.UvicornWorker"]
-WORKERS += ["uvicorn.workers.UvicornWorker --reuse-port"]
-COMMANDS = [f"{UVICORN} --workers 2 --no-access-log", *(GUNICORN + w for w in WORKERS)]
+COMMANDS = [f"{h.UVICORN} --workers 2 --no-access-log", f"{GUNICORN} asgi"]
+COMMANDS += [f"{GUNICORN} uvicorn_worker.UvicornWorker"]
+COMMANDS += [f"{GUNICORN} uvicorn.workers.UvicornWorker --reuse-port"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_server_commands(command: str) -> None:
     """Each way to start the server answers everywhere and ends without a trace."""
-    body, answer = valid_body(4_000)
-    with connected(command) as (server, client):
-        for path in PATHS:
-            assert_answer(post(client, path, SMALL))
-            assert_answer(post(client, path, body), answer)
+    body, answer = h.valid_body(4_000)
+    with h.connected(command) as (server, client):
+        for path in h.PATHS:
+            h.assert_answer(h.post(client, path, h.SMALL))
+            h.assert_answer(h.post(client, path, body), answer)
         server.process.terminate()
         server.process.wait(30)
-        harness.wait_until(lambda: not harness.group_alive(server.process.pid), 10)
-        assert not harness.is_open(server.port) and "Traceback" not in server.log
+        h.wait_until(lambda: not h.group_alive(server.process.pid), 10)
+        assert not h.is_open(server.port) and "Traceback" not in server.log
