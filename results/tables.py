@@ -96,7 +96,7 @@ def matrix(uploads: int) -> str:
 
     def cell(server: str, path: str) -> str:
         pair = [run[server, path, uploads]["during"]["p95"] for run in runs]
-        return " / ".join(map(ms, pair))
+        return "\u00a0/\u00a0".join(map(ms, pair))  # not to be wrapped
 
     servers = dict.fromkeys(server for server, _, _ in runs[0])
     rows = ([f"`{s}`", *(cell(s, path) for path in PATHS)] for s in servers)
@@ -310,7 +310,7 @@ def sentences() -> dict[str, str]:
         f"kept connections, {pair('keep_alive', (FOUR, '/ping', 1), 'idle', 'median')} ms with gunicorn",
         "closed": f"p90 {ms(closed['small']['p90'])} ms, where the open loop sees {ms(opened['small']['p90'])} ms",
         "new client": f"idle median {ms(new_client['idle']['median'])} ms instead of {ms(closed['idle']['median'])} ms",
-        "uvloop": f"p95 {pair('uvloop', ('.venv-uvloop/bin/uvicorn --loop uvloop --http httptools', '/ping', 1), 'during')} ms "
+        "uvloop p95": f"p95 {pair('uvloop', ('.venv-uvloop/bin/uvicorn --loop uvloop --http httptools', '/ping', 1), 'during')} ms "
         f"with uvloop and httptools, {pair('uvloop', (ONE, '/ping', 1), 'during')} ms without",
         "invalid": f"{stock[1]} s and an answer of {float(stock[3]) / 1e6:.0f} MB from a stock endpoint, {fast[1]} s and "
         f"{fast[3]} bytes from `/ping`",

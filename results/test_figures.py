@@ -42,7 +42,7 @@ def test_figures_are_those_of_the_raw_files() -> None:
     for name, text in texts.items():
         assert any(text in page for page in PAGES.values()), name
     for page in PAGES.values():
-        rest = re.sub(r"```.*?```|`[^`\n]*`", "", page, flags=re.DOTALL)
+        rest = re.sub(r"```[^`]*```|`[^`\n]*`|\n> [^\n]*", "", page)
         for text in texts.values():
             rest = rest.replace(re.sub(r"`[^`\n]*`", "", text), "")
         figures = re.findall(r"\d[\d.,]* ?(?:ms|MB|%|s)\b", rest)
@@ -50,9 +50,10 @@ def test_figures_are_those_of_the_raw_files() -> None:
 
 
 def test_printed_output_is_verbatim() -> None:
-    """What README.md shows as the client's output for an own API is what it printed."""
-    printed = (FOLDER / "own_documents.txt").read_text().partition("\n\n")[0]
-    assert f"```\n{printed}\n```" in PAGES["README.md"]
+    """What README.md quotes of the client's output for an own API is what it printed."""
+    printed = (FOLDER / "own_documents.txt").read_text()
+    (quoted,) = re.findall("^> (.*)$", PAGES["README.md"], re.MULTILINE)
+    assert f"\n# {quoted}\n" in printed
 
 
 def commands() -> list[str]:
