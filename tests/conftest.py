@@ -14,7 +14,6 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, for children a
 
 @pytest.fixture(scope="session")
 def api() -> Iterator[Client]:
-    """A client of server.py, as it comes."""
     with connected() as (_, client):
         yield client
 

@@ -111,11 +111,12 @@ def test_the_readme_fixes_it(folder: Path) -> None:
     file, readme = h.ROOT / "tests" / "own_api.py", (h.ROOT / "README.md").read_text()
     assert file.read_text() in re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     shutil.copy(file, folder / "main.py")
-    flags = f"{QUICK} {BEARER} --idle 0 --rate 100 --fail-if 'during p95 > 100' --large"
+    flags = f"{QUICK} {BEARER} --idle 0 --fail-if 'during p95 > 500' --large"
     with h.serve("uvicorn main:app --port {port}", cwd=folder) as server:
         before = m.measure(server.url, f"{flags} 'POST /documents @huge.json'", folder)
         after = m.measure(server.url, f"{flags} 'POST /fixed @huge.json'", folder)
     p95_ms = before.statistics("during")["p95"]
     assert p95_ms > 3 * after.statistics("during")["p95"]
-    assert before.status == 3 and after.status == 0, after.stderr
-    assert f"during p95 is {p95_ms} ms, over 100 ms" in before.stderr
+    late = "the client was late"  # on a busy machine nothing can be told
+    assert before.status == 3 and (after.status == 0 or late in after.stderr)
+    assert late in before.stderr or f"{p95_ms} ms, over 500 ms" in before.stderr

@@ -130,7 +130,7 @@ def test_limit(api: Client) -> None:
         assert h.post(api, "/pong", body).status_code == status
 
 
-@pytest.mark.parametrize("value", ["64MB", "-1", "", "1234567"])
+@pytest.mark.parametrize("value", ["64MB", "-1", ""])
 def test_junk_in_the_limit(value: str) -> None:
     """A MAX_BODY_MB that is no number ends the server at once, with a line that names it."""
     command, env = ["uvicorn", "server:app", "--port=0"], {"MAX_BODY_MB": value}
@@ -163,8 +163,8 @@ def test_openapi(api: Client) -> None:
         assert sorted(operation["responses"]) == statuses.split()
         body = operation["requestBody"]
         schema = body["content"]["application/json"]["schema"]
-        if schema == {"$ref": "#/components/schemas/Payload"}:
-            schema = document["components"]["schemas"]["Payload"]
+        if reference := schema.get("$ref"):
+            schema = document["components"]["schemas"][reference.rpartition("/")[2]]
         name, data = schema["properties"]["name"], schema["properties"]["data"]
         types = name["type"], data["type"], data["additionalProperties"]["type"]
         assert types == ("string", "object", "integer") and name["maxLength"] == 200
