@@ -940,7 +940,7 @@ def failed(conditions: Iterable[str], run: Run) -> Iterator[str]:
         if value_ms is None:
             yield f"{name} {column} cannot be told: too few samples"
         elif ("idle" if name == "idle" else "small") in late:
-            yield f"{name} {column} cannot be told ({value_ms} ms): the client was late"
+            yield f"{name} {column} cannot be told: the client was late"
         elif value_ms > float(limit_ms):
             yield f"{name} {column} is {value_ms} ms, over {limit_ms} ms"
 

@@ -7,7 +7,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, UserDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -82,8 +82,14 @@ def seen_by(url: str, path: str) -> Counter[str]:
     return Counter(httpx.get(f"{url}/counts").json().get(path))
 
 
-def together(jobs: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+class Outcome(UserDict[str, Any]):
+    """What came of each job; where one failed, so does the test that asks for it."""
+
+    def __getitem__(self, name: str) -> Any:
+        return self.data[name].result()
+
+
+def together(jobs: Mapping[str, Sequence[Any]]) -> Outcome:
     """Do what mostly waits at the same time: functions with their arguments."""
-    with ThreadPoolExecutor(len(jobs)) as pool:
-        futures = {name: pool.submit(*job) for name, job in jobs.items()}
-        return {name: future.result() for name, future in futures.items()}
+    with ThreadPoolExecutor(8) as pool:
+        return Outcome({name: pool.submit(*job) for name, job in jobs.items()})

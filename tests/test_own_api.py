@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def outcome(stub: h.Server, folder: Path) -> dict[str, m.Measured]:
+def outcome(stub: h.Server, folder: Path) -> m.Outcome:
     """All runs at once, as they mostly wait."""
     kept = f"{RIGHT} --connections keep-alive --idle 0"
     kept += "".join(f" --fail-if '{condition}'" for condition in UNTOLD)
@@ -69,7 +69,7 @@ def outcome(stub: h.Server, folder: Path) -> dict[str, m.Measured]:
         return m.together({name: (m.measure, *run) for name, run in runs.items()})
 
 
-def test_measures_any_requests(outcome: dict[str, m.Measured]) -> None:
+def test_measures_any_requests(outcome: m.Outcome) -> None:
     """--small and --large are sent as they are, also over TLS, any 2xx is right, reports tell."""
     for name, status in {"right": 0, "tls": 0, "tls kept": 3}.items():
         done = outcome[name]
@@ -87,20 +87,21 @@ def test_measures_any_requests(outcome: dict[str, m.Measured]) -> None:
         assert f"{text} cannot be told: too few samples" in outcome["tls kept"].stderr
 
 
-def test_without_success(outcome: dict[str, m.Measured], folder: Path) -> None:
+def test_without_success(outcome: m.Outcome, folder: Path) -> None:
     """The run stops with 2 and what the server says, a file is sent as it is, no secret shown."""
-    for name, why in {
-        "none": r"POST .*/documents: status 401.*wrong token",
-        "path": r"POST .*/no/\*\*\*: status 404.*Not Found",
-        "echo": r"status 404, APPLICATION/JSON b'\\xff\\x00 any bytes \*\*\*'",
-        "typed": r"status 404, TEXT/CSV; A=B b'\\xff\\x00 any bytes \*\*\*'",
-        "silent": "no HTTP answer.*timeout",
-        "log": r"the server's log ends:\n\*\*\*",
-        "malformed": "must be like 'Name: value'",
-        "unknown CA": "certificate verify failed.*SSL_CERT_FILE",
+    for name, parts in {
+        "none": ("POST", "/documents", "status 401", "wrong token"),
+        "path": ("POST", "/no/***", "status 404", "Not Found"),
+        "echo": (r"APPLICATION/JSON b'\xff\x00 any bytes ***'",),
+        "typed": (r"TEXT/CSV; A=B b'\xff\x00 any bytes ***'",),
+        "silent": ("timeout",),
+        "log": ("\n***",),
+        "malformed": ("--header",),
+        "unknown CA": ("certificate verify failed", "SSL_CERT_FILE"),
     }.items():
-        assert (outcome[name].status, outcome[name].stdout) == (2, "")
-        assert re.search(why, outcome[name].stderr), outcome[name].stderr
+        done = outcome[name]
+        assert (done.status, done.stdout) == (2, "")
+        assert all(part in done.stderr for part in parts), done.stderr
     texts = [f"{done.stdout}{done.stderr}{done.saved}" for done in outcome.values()]
     texts.append((folder / "own.svg").read_text())
     assert not [text for text in texts if TOKEN in text]
