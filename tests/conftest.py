@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 from harness import ROOT, Server, connected, serve
 from httpx import Client
+from measure import STUB
 
 sys.path.insert(0, str(ROOT))
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, for children as well
@@ -21,5 +22,5 @@ def api() -> Iterator[Client]:
 @pytest.fixture(scope="session")
 def stub() -> Iterator[Server]:
     """stub.py without stalls; it counts by path, so each test uses a path of its own."""
-    with serve("uvicorn stub:app --app-dir tests --port {port}") as server:
+    with serve(STUB) as server:
         yield server

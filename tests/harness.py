@@ -101,13 +101,11 @@ class Server(NamedTuple):
 
 
 @contextmanager
-def serve(
-    command: str, env: Env = None, cwd: Path = ROOT, tls: str = ""
-) -> Iterator[Server]:
+def serve(command: str, env: Env = None, cwd: Path = ROOT) -> Iterator[Server]:
     """Run `command`, with {port} a free one, wait until it answers, and stop it at last."""
     port = free_port()
     words = shlex.split(command.format(port=port))
-    url = f"{'https' if tls else 'http'}://127.0.0.1:{port}"
+    url = f"{'https' if '--ssl' in command else 'http'}://127.0.0.1:{port}"
     with (
         tempfile.NamedTemporaryFile() as log,
         started(words, log.fileno(), log.fileno(), env, cwd) as process,
@@ -153,9 +151,7 @@ def assert_problem(response: Response, statuses: tuple[int, ...] = (422,)) -> No
     """A rejection in the contract's form."""
     assert response.status_code in statuses and len(response.content) < 2000
     if response.status_code == 422:
-        (detail,) = response.json().items()
-        assert detail[0] == "detail" and 1 <= len(detail[1]) <= 2
-        for error in detail[1]:
+        assert response.json().keys() == {"detail"}
+        for error in response.json()["detail"]:
             assert error.keys() == {"type", "loc", "msg"}
-            assert isinstance(error["type"], str) and isinstance(error["msg"], str)
-            assert all(isinstance(part, (str, int)) for part in error["loc"])
+            assert isinstance(error["loc"], list) and isinstance(error["msg"], str)

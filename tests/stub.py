@@ -67,8 +67,6 @@ async def answer(request: Request) -> Response:
     elif fault in ("never", f"no{name}") and counts[name] > WARM_UP[name]:
         await request.receive()  # until the client is gone
     counts[f"{name} now"] -= 1
-    if fault == "notjson":
-        return Response(b"all well")
     if fault == "chunked":  # without a Content-Length
         text = json.dumps(content)
         return StreamingResponse(iter([text[:9], text[9:]]))

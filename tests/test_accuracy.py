@@ -93,30 +93,8 @@ def test_adds_little_of_its_own(stub: h.Server) -> None:
     assert done.statistics("idle")["median"] < np.median(probed_ms) + 8
 
 
-def test_during_does_not_depend_on_the_pause() -> None:
-    """`during` has those due while a large one was in flight, however many others there are."""
-    stall = "--endpoint /stall --idle 0 --duration 3 --large-mb 0.1 --rate 100 --pause"
-    with h.serve(m.STUB) as often, h.serve(m.STUB) as seldom:
-        runs = {"0": often.url, "0.8": seldom.url}
-        jobs = {p: (m.measure, url, f"{stall} {p}") for p, url in runs.items()}
-        outcome = m.together(jobs)
-    for done in outcome.values():
-        during, large = done.statistics("during"), done.samples("large")
-        spans = [(sample["sent_s"], sample["done_s"]) for sample in large]
-        small = [(s["due_s"], s["done_s"]) for s in done.samples("small")]
-        due = [s for s in small if any(a <= s[0] < b for a, b in spans)]
-        waited_ms = [1000 * (b - a) for a, b in due]
-        assert (during["count"], during["max"]) == (len(due), round(max(waited_ms), 1))
-        assert during["median"] == pytest.approx(np.median(waited_ms), abs=0.06)
-        assert during["median"] > 1000 * STALL_S / 4  # due evenly over a stall
-
-
-def test_stalls_that_hide(periodic: h.Server) -> None:
-    """--closed-loop hides stalls from p90, as one request is in each; timeouts count in it."""
-    flags = {"closed": f"{ONCE} --closed-loop", "late": f"{ONCE} --timeout 0.2"}
-    runs = {name: (m.measure, periodic.url, text) for name, text in flags.items()}
-    closed, late = (x.statistics("small") for x in m.together(runs).values())
-    assert closed["p90"] < 1000 * STALL_S / 4
-    assert closed["max"] > 1000 * STALL_S / 2
-    assert late["errors"] > 10 and late["p90"] >= 200
-    assert late["count"] + late["errors"] == 50 * DURATION_S
+def test_closed_loop_hides_stalls(periodic: h.Server) -> None:
+    """With --closed-loop one request meets each stall, and p90 hides it."""
+    small = m.measure(periodic.url, f"{ONCE} --closed-loop").statistics("small")
+    assert small["p90"] < 1000 * STALL_S / 4
+    assert small["max"] > 1000 * STALL_S / 2

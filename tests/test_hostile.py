@@ -36,8 +36,7 @@ def hostile(size: int) -> list[bytes]:
         b'{"name":"%s","data":{}}' % (b"x" * size),
         b'{"name":"a","data":{"%s":1.5}}' % (b"x" * size),
         b'{"name":"a","data":{"x":%s}}' % (b"1" * size),
-        listed(b"{}", size),
-        listed(b"[[[]]]", size),
+        *(listed(item, size) for item in (b"{}", b"[[[]]]")),
         b"[" * (size // 2) + b"]" * (size // 2),
     ]
 

@@ -46,7 +46,7 @@ def outcome(stub: h.Server, folder: Path) -> m.Outcome:
     tls_api = f"{OWN_API} --ssl-certfile {folder}/cert.pem"
     with (
         h.serve(OWN_API) as api,
-        h.serve(tls_api, tls="yes") as tls,
+        h.serve(tls_api) as tls,
         socket.create_server(("127.0.0.1", 0)) as sock,
     ):
         silent = f"http://127.0.0.1:{sock.getsockname()[1]}"
