@@ -737,10 +737,8 @@ def plot(runs: Sequence[Run], file: Path) -> None:
         axis.grid(axis="y", alpha=0.3)
         axis.margins(y=0.25)
         axis.set_ylim(bottom=0)
-    figure.supxlabel(
-        "seconds since the load began, when a small request was due", size=10
-    )
-    figure.supylabel("seconds it waited", size=10)
+    figure.supxlabel("due time, in seconds since the load began", size=10)
+    figure.supylabel("latency of small requests, in seconds", size=10)
     figure.legend(
         legend.values(), legend, loc="outside upper left", ncols=3, frameon=False
     )

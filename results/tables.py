@@ -63,7 +63,10 @@ def short(server: str) -> str:
 
 
 def ms(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+    """Three digits at most: a fourth would not be the same in the next run."""
+    if value is None:
+        return "-"
+    return f"{float(f'{value:.3g}'):.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def markdown(titles: str, rows: Iterable[Iterable[Any]], texts: int) -> str:
@@ -145,7 +148,8 @@ COLUMNS = (  # a title, and where it is
 )
 CLOSED = (
     ("small answered", "small", "count"),
-    ("small p90", "small", "p90"),
+    *COLUMNS[1:2],
+    ("small max", "small", "max"),
     *COLUMNS[:1],
 )
 
@@ -168,27 +172,30 @@ def compare(*files: str, columns: Iterable[tuple[str, str, str]] = COLUMNS) -> s
     return markdown(" | ".join(titles), rows, 2)
 
 
+def large_ms(size_mb: int, path: str, suffix: str) -> float:
+    return figure(f"size_{size_mb}{suffix}", (ONE, path, 1), "large", "median")
+
+
 def sizes() -> str:
     def row(size_mb: int) -> Iterator[str]:
         yield str(size_mb)
-        for report in cells(f"size_{size_mb}").values():
-            yield f"{(report['large']['median'] or 0) / size_mb:.1f}"
+        for path in PATHS[:2]:
+            values = [large_ms(size_mb, path, suffix) for suffix in ("", "_again")]
+            yield " / ".join(f"{value / size_mb:.1f}" for value in values)
 
     return markdown("MB | `/ping` | `/pong`", map(row, (1, 5, 25, 100)), 0)
 
 
 def memory() -> str:
     def row(server: str, path: str) -> Iterator[str]:
-        yield {
-            "one": "`uvicorn`",
-            "four": "`gunicorn -w 4 -k uvicorn_worker.UvicornWorker`",
-        }[server]
+        yield f"`{server}`"
         yield f"`{path}`"
-        name = path.replace("=", "/").rpartition("/")[2]
+        program, name = server.split()[0], path.strip("/").rpartition("=")[2]
         for n in (1, 4):
-            yield f"{load(f'memory_{server}_{name}_{n}')['runs'][0]['peak_memory_mb']:.0f}"
+            (run,) = load(f"memory_{program}_{name}_{n}")["runs"]
+            yield f"{run['peak_memory_mb']:.0f}"
 
-    rows = (row(server, path) for server in ("one", "four") for path in PATHS)
+    rows = (row(server, path) for server in (ONE, FOUR) for path in PATHS)
     return markdown("server | endpoint | 1 upload | 4 at once", rows, 2)
 
 
@@ -221,6 +228,7 @@ def tables() -> dict[str, str]:
         "the first table": seed(),
         "uploads at once": uploads(),
         "stock, def, ijson": compare("variants"),
+        "limiter": compare("limiter"),
         "own API": compare("own_documents", "own_fixed"),
         "what comes back": compare(*(f"models_{name}" for name in MODELS)),
         "reuse-port": compare("reuse_port"),
@@ -268,61 +276,99 @@ def own_error_ms() -> float:
 ONE, FOUR = "uvicorn", "gunicorn -w 4 -k uvicorn_worker.UvicornWorker"
 REUSE = f"{FOUR} --reuse-port"
 PONG, THREAD, PROCESS = PATHS[1:]
+VARIANTS = "uvicorn variants:app --app-dir results"
+LIMITER = "uvicorn limiter:app --app-dir results"
 
 
 def sentences() -> dict[str, str]:
     """Whatever else has a figure in it, word for word."""
-    ping = "picture", (ONE, "/ping", 1)
-    four, one = (FOUR, PONG, 8), (ONE, PROCESS, 8)
-    variants = "uvicorn variants:app --app-dir results"
+    ping = "first", (ONE, "/ping", 1)
+    sizes = {n: pair(f"size_{n}", (ONE, "/ping", 1), "large", "median") for n in (1, 5)}
+    bound = {
+        (thread, limited): pair(
+            "limiter",
+            (LIMITER, f"/parse?thread={thread}&limited={limited}", 8),
+            "during",
+        )
+        for thread, limited in (("yes", "yes"), ("yes", "no"), ("no", "yes"))
+    }
     stock = body_row("variants:app", "/stock", "all floats")
     fast = body_row("server:app", "/ping", "all floats")
     depends = body_row("own_api:app", "/documents", "valid, no token")
     first = body_row("own_api:app", "/fixed", "valid, no token")
     own = {name: only(f"own_{name}") for name in ("documents", "fixed")}
     models = {name: only(f"models_{name}") for name in MODELS}
-    opened, closed = only("loop_open_new"), only("loop_closed_new")
-    new_client = only("loop_closed_new-client")
+    loops = {
+        name: pair(f"loop_{name}", (ONE, "/ping", 1), *column)
+        for name, column in {
+            "open_new": ("small", "p95"),
+            "closed_new": ("small", "p95"),
+            "closed_new-client": ("idle", "median"),
+        }.items()
+    }
+    idle = pair("loop_closed_new", (ONE, "/ping", 1), "idle", "median")
+    at_once = {n: pair("uploads", (FOUR, PONG, n), "small") for n in (2, 4, 8)}
+    answered = [
+        pair("uploads", key, "large", "count")
+        for key in ((ONE, PROCESS, 8), (FOUR, PONG, 8))
+    ]
+    uvloop = ".venv-uvloop/bin/uvicorn --loop uvloop --http httptools"
     return {
-        "headline": f"{seconds(*ping, 'during', 'median')} in the median and "
-        f"{seconds(*ping, 'during', 'max')} at most, where alone it takes "
-        f"{ms(figure(*ping, 'idle', 'median'))} ms.",
-        "reuse": f"`--reuse-port`: one upload is enough for {pair('servers', (REUSE, '/ping', 1), 'during')} ms, as the "
-        "kernel deals connections to the busy worker too.",
+        "headline": f"median {seconds(*ping, 'during', 'median')}, max "
+        f"{seconds(*ping, 'during', 'max')}, against "
+        f"{ms(figure(*ping, 'idle', 'median'))} ms when idle.",
+        "small bodies": f"{sizes[1]} ms for 1 MB, {sizes[5]} ms for 5 MB on `/ping`",
+        "reuse": "`--reuse-port`: a single upload pushes p95 to "
+        f"{pair('servers', (REUSE, '/ping', 1), 'during')} ms, as the kernel keeps "
+        "assigning connections to the blocked worker.",
         "thread bounded": "One worker, thread, eight uploads: "
-        f"{pair('servers', (ONE, THREAD, 8), 'during')} ms instead of {pair('servers', (ONE, PONG, 8), 'during')} ms. That is "
-        "the limiter, which lets one body in at a time, not the thread.",
-        "workers": f"{pair('uploads', (FOUR, PONG, 2), 'small')} ms at two uploads, "
-        f"{pair('uploads', four, 'small')} ms at eight",
-        "process": f"{pair('uploads', one, 'small')} ms at eight",
-        "price": f"at eight they take {pair('uploads', one, 'large', 'median')} ms each, on four workers "
-        f"{pair('uploads', four, 'large', 'median')} ms",
-        "parse": f"Of {stage_ms('total')} ms for a `/pong`, {stage_ms('parse')} ms are one call of the parser.",
-        "thread": f"p95 {ms(figure('picture', (ONE, THREAD, 1), 'during', 'p95'))} ms with a thread, "
-        f"{ms(figure('picture', (ONE, PONG, 1), 'during', 'p95'))} ms without",
-        "def": f"p95 {pair('variants', (variants, '/stock_def', 1), 'during')} ms with `def`, "
-        f"{pair('variants', (variants, '/stock', 1), 'during')} ms with `async def`",
-        "ijson": f"p95 {pair('variants', (variants, '/ijson', 1), 'during')} ms; the upload takes "
-        f"{pair('variants', (variants, '/ijson', 1), 'large', 'median')} ms",
-        "gunicorn 23": f"p95 {pair('reuse_port', (f'.venv23/bin/{REUSE}', '/ping', 1), 'during')} ms with gunicorn 23, "
-        f"{pair('reuse_port', (REUSE, '/ping', 1), 'during')} ms with the current one",
-        "kept": f"idle median {pair('keep_alive', ('uvicorn --workers 4', '/ping', 1), 'idle', 'median')} ms on "
-        f"kept connections, {pair('keep_alive', (FOUR, '/ping', 1), 'idle', 'median')} ms with gunicorn",
-        "closed": f"p90 {ms(closed['small']['p90'])} ms, where the open loop sees {ms(opened['small']['p90'])} ms",
-        "new client": f"idle median {ms(new_client['idle']['median'])} ms instead of {ms(closed['idle']['median'])} ms",
-        "uvloop p95": f"p95 {pair('uvloop', ('.venv-uvloop/bin/uvicorn --loop uvloop --http httptools', '/ping', 1), 'during')} ms "
-        f"with uvloop and httptools, {pair('uvloop', (ONE, '/ping', 1), 'during')} ms without",
-        "invalid": f"{stock[1]} s and an answer of {float(stock[3]) / 1e6:.0f} MB from a stock endpoint, {fast[1]} s and "
-        f"{fast[3]} bytes from `/ping`",
-        "token": f"401 after {depends[1]} s for which others wait, and after {first[1]} s where the token comes first",
-        "before": f"p95 of `GET /health` while 20 MB are in flight: {ms(own['documents']['during']['p95'])} ms before, "
+        f"{pair('servers', (ONE, THREAD, 8), 'during')} ms instead of "
+        f"{pair('servers', (ONE, PONG, 8), 'during')} ms. It takes both the thread and "
+        "[its limiter](results/README.md#a-thread-or-the-limiter-that-comes-with-it), "
+        f"which lets one body in at a time: {bound['yes', 'yes']} ms with both, "
+        f"{bound['yes', 'no']} ms with the thread alone, {bound['no', 'yes']} ms with "
+        "the limiter alone.",
+        "workers": f"Four workers hold at two uploads, with a p95 of {at_once[2]} ms, "
+        f"and no longer at four: {at_once[4]} ms, at eight {at_once[8]} ms.",
+        "process": f"{pair('uploads', (ONE, PROCESS, 8), 'small')} ms at eight",
+        "price": f"at eight, {answered[0]} are answered in 15 s, on four workers "
+        f"{answered[1]}",
+        "parse": f"Of {stage_ms('total')} ms for a `/pong`, {stage_ms('parse')} ms are "
+        "one call of the parser.",
+        "thread": f"p95 {ms(figure('picture', (ONE, THREAD, 1), 'during', 'p95'))} ms "
+        f"with it, {ms(figure('picture', (ONE, PONG, 1), 'during', 'p95'))} ms without",
+        "def": f"p95 {pair('variants', (VARIANTS, '/stock_def', 1), 'during')} ms with "
+        f"`def`, {pair('variants', (VARIANTS, '/stock', 1), 'during')} ms with "
+        "`async def`",
+        "ijson": f"p95 {pair('variants', (VARIANTS, '/ijson', 1), 'during')} ms; the "
+        f"upload takes {pair('variants', (VARIANTS, '/ijson', 1), 'large', 'median')} ms",
+        "gunicorn 23": "p95 "
+        f"{pair('reuse_port', (f'.venv23/bin/{REUSE}', '/ping', 1), 'during')} ms with "
+        f"gunicorn 23, {pair('reuse_port', (REUSE, '/ping', 1), 'during')} ms with "
+        "gunicorn 27",
+        "kept": "idle median "
+        f"{pair('keep_alive', ('uvicorn --workers 4', '/ping', 1), 'idle', 'median')} ms "
+        "on keep-alive connections, "
+        f"{pair('keep_alive', (FOUR, '/ping', 1), 'idle', 'median')} ms with gunicorn",
+        "closed": f"p95 {loops['closed_new']} ms, where the open loop sees "
+        f"{loops['open_new']} ms",
+        "new client": f"idle median {loops['closed_new-client']} ms instead of {idle} ms",
+        "uvloop p95": f"p95 {pair('uvloop', (uvloop, '/ping', 1), 'during')} ms with them, "
+        f"{pair('uvloop', (ONE, '/ping', 1), 'during')} ms without",
+        "invalid": f"{stock[1]} s of a stock endpoint, and {float(stock[3]) / 1e6:.0f} MB "
+        f"of errors; {fast[1]} s and {fast[3]} bytes on `/ping`",
+        "token": f"401 after {depends[1]} s, blocking everyone else; after {first[1]} s "
+        "where the endpoint reads the body itself",
+        "before": "p95 of `GET /health` while 21 MB are in flight: "
+        f"{ms(own['documents']['during']['p95'])} ms before, "
         f"{ms(own['fixed']['during']['p95'])} ms after.",
-        "models": f"p95 {ms(models['models']['during']['p95'])} ms with the models, "
-        f"{ms(models['small_result']['during']['p95'])} ms with a number.",
-        "own thread": f"p95 {ms(models['thread']['during']['p95'])} ms, where the stock endpoint has "
-        f"{ms(models['documents']['during']['p95'])} ms.",
-        "log": f"At most {own_error_ms():.1f} ms lie between its p90, p95, p99 or max and those of the stub's own log of the "
-        "same requests, in three runs.",
+        "models": f"p95 {ms(models['models']['during']['p95'])} ms where the process "
+        f"returns the models, {ms(models['small_result']['during']['p95'])} ms with a "
+        "number.",
+        "own thread": f"p95 {ms(models['thread']['during']['p95'])} ms, where the stock "
+        f"endpoint has {ms(models['documents']['during']['p95'])} ms.",
+        "log": "`client.py` agrees with the stub's own log of the same requests to within "
+        f"{own_error_ms():.1f} ms at p90, p95, p99 and max, in three runs.",
     }
 
 

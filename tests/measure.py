@@ -41,7 +41,7 @@ def reports(stdout: str) -> dict[str, dict[str, Row]]:
 def table(stdout: str) -> list[list[str]]:
     """The cells of the Markdown table, without its titles and rule."""
     lines = [line for line in stdout.splitlines() if line.startswith("|")]
-    cells = [line.strip("| ").split(" | ") for line in lines]
+    cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
     titles = "Request Server Endpoint Count Errors Min Median Mean p90 p95 p99 Max"
     assert cells[0] == titles.split() and set("".join(cells[1])) == set("-:")
     return cells[2:]

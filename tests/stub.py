@@ -59,7 +59,8 @@ async def answer(request: Request) -> Response:
     counts["connections"] += (path, request.client) not in peers
     peers.add((path, request.client))
     counts.update([name, f"{name} now"])
-    counts["at_once"] = max(counts["at_once"], counts["small now"])
+    if counts["small"] > WARM_UP["small"]:
+        counts["at_once"] = max(counts["at_once"], counts["small now"])
     if fault == "stall" and name == "large":
         block(STALL_S)
     elif fault == "slow":  # nobody else has to wait
