@@ -200,8 +200,8 @@ def memory() -> str:
 
 
 def tools(among: str = "") -> str:
-    """The range of three runs of results/truth.py, of all or of the tools that match."""
-    runs = [truth.rows(FOLDER / f"truth_{i}") for i in (1, 2, 3)]
+    """The range of four runs of results/truth.py, of all or of the tools that match."""
+    runs = [truth.rows(FOLDER / f"truth_{i}") for i in (1, 2, 3, 4)]
 
     def span(name: str, i: int) -> str:
         values = sorted(value for run in runs if (value := run[name][i]) is not None)
@@ -266,9 +266,9 @@ def body_row(app: str, endpoint: str, body: str) -> list[str]:
 
 
 def own_error_ms() -> float:
-    """The largest difference of client.py to the log of the stub, in three runs."""
+    """The largest difference of client.py to the log of the stub, in four runs."""
     name, log = "`client.py`", "the stub's own log of these"
-    runs = [truth.rows(FOLDER / f"truth_{i}") for i in (1, 2, 3)]
+    runs = [truth.rows(FOLDER / f"truth_{i}") for i in (1, 2, 3, 4)]
     pairs = [zip(run[name], run[log], strict=True) for run in runs]
     return max(abs((a or 0) - (b or 0)) for row in pairs for a, b in row)
 
@@ -368,7 +368,7 @@ def sentences() -> dict[str, str]:
         "own thread": f"p95 {ms(models['thread']['during']['p95'])} ms, where the stock "
         f"endpoint has {ms(models['documents']['during']['p95'])} ms.",
         "log": "`client.py` agrees with the stub's own log of the same requests to within "
-        f"{own_error_ms():.1f} ms at p90, p95, p99 and max, in three runs.",
+        f"{own_error_ms():.1f} ms at p90, p95, p99 and max, in four runs.",
     }
 
 
