@@ -90,8 +90,8 @@ def test_measures_any_requests(outcome: m.Outcome) -> None:
 def test_without_success(outcome: m.Outcome, folder: Path) -> None:
     """The run stops with 2 and what the server says, a file is sent as it is, no secret shown."""
     for name, parts in {
-        "none": ("POST", "/documents", "status 401", "wrong token"),
-        "path": ("POST", "/no/***", "status 404", "Not Found"),
+        "none": ("/documents", "status 401", "wrong token"),
+        "path": ("/no/***", "status 404", "Not Found"),
         "echo": (r"APPLICATION/JSON b'\xff\x00 any bytes ***'",),
         "typed": (r"TEXT/CSV; A=B b'\xff\x00 any bytes ***'",),
         "silent": ("timeout",),

@@ -134,7 +134,7 @@ def test_junk_in_the_limit(value: str) -> None:
     with h.started(command, PIPE, STDOUT, env) as process:
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 3
-    assert re.fullmatch("MAX_BODY_MB must be .*\n", output.decode())
+    assert re.fullmatch(".*MAX_BODY_MB.*\n", output.decode())
 
 
 def test_wrong_request(api: Client) -> None:
