@@ -158,9 +158,7 @@ def classify(status: int, content: bytes, expected: Any = None) -> str | None:
 # Exchange: one HTTP request and its answer, stamped on arrival.
 
 CHUNK_BYTES = 256 * 1024
-KEPT_S = (
-    1  # less than servers keep one, as one that they just closed looks like a fault
-)
+KEPT_S = 1  # less than servers do, as a connection just closed looks like a fault
 
 
 class Connection(asyncio.StreamReaderProtocol):
@@ -313,9 +311,7 @@ class Sample(NamedTuple):
     stages_ms: dict[str, float]  # Server-Timing of a large request
 
     @property
-    def latency_ms(
-        self,
-    ) -> float:  # from send_small or send to Connection.data_received
+    def latency_ms(self) -> float:
         return 1000 * (self.done_s - self.due_s)
 
 
