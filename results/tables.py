@@ -19,6 +19,7 @@ import truth
 from client import Row, Sample, summarize_all
 
 Key = tuple[str, str, int]  # server, endpoint, uploads at once
+BODIES = FOLDER / "one_body.md", FOLDER / "one_body_again.md"
 MODELS = ("documents", "thread", "small_result", "models")
 
 PATHS = ("/ping", "/pong", "/pong?offload=thread", "/pong?offload=process")
@@ -41,12 +42,6 @@ def cells(file: str) -> dict[Key, dict[str, Row]]:
     }
 
 
-def only(file: str) -> dict[str, Row]:
-    """The statistics of a file with one run."""
-    (report,) = cells(file).values()
-    return report
-
-
 def figure(file: str, key: Key, name: str, column: str) -> float:
     value = cells(file)[key][name][column]
     assert value is not None
@@ -56,6 +51,12 @@ def figure(file: str, key: Key, name: str, column: str) -> float:
 def pair(file: str, key: Key, name: str, column: str = "p95") -> str:
     """The figure of two runs."""
     return " / ".join(ms(figure(f, key, name, column)) for f in (file, f"{file}_again"))
+
+
+def p95(file: str) -> str:
+    """p95 of `during` of two files with a run each."""
+    (key,) = cells(file)
+    return pair(file, key, "during")
 
 
 def short(server: str) -> str:
@@ -192,8 +193,11 @@ def memory() -> str:
         yield f"`{path}`"
         program, name = server.split()[0], path.strip("/").rpartition("=")[2]
         for n in (1, 4):
-            (run,) = load(f"memory_{program}_{name}_{n}")["runs"]
-            yield f"{run['peak_memory_mb']:.0f}"
+            file = f"memory_{program}_{name}_{n}"
+            peaks_mb = [
+                load(f)["runs"][0]["peak_memory_mb"] for f in (file, f"{file}_again")
+            ]
+            yield " / ".join(f"{peak_mb:.0f}" for peak_mb in peaks_mb)
 
     rows = (row(server, path) for server in (ONE, FOUR) for path in PATHS)
     return markdown("server | endpoint | 1 upload | 4 at once", rows, 2)
@@ -218,6 +222,23 @@ def tools(among: str = "") -> str:
     return markdown("tool | p90 | p95 | p99 | max", rows, 1)
 
 
+def one_body() -> str:
+    """The tables of two runs of one_body.py as one: pairs of seconds, all else is equal."""
+    rows = []
+    for line in zip(*(file.read_text().splitlines() for file in BODIES), strict=True):
+        cells = zip(*(text.strip("| ").split(" | ") for text in line), strict=True)
+        rows.append([" / ".join(p if "." in p[0] else dict.fromkeys(p)) for p in cells])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def body_row(app: str, endpoint: str, body: str) -> list[str]:
+    """A row of it: status, seconds, longest wait in s, bytes of the answer."""
+    (row,) = re.findall(
+        rf"\| {app} \| {endpoint} \| {re.escape(body)} \| (.*) \|", one_body()
+    )
+    return str(row).split(" | ")
+
+
 def tables() -> dict[str, str]:
     """All of them, as they stand in a README.md."""
     loops = ("loop_open_new", "loop_closed_new", "loop_closed_new-client")
@@ -238,7 +259,7 @@ def tables() -> dict[str, str]:
         "uvloop": compare("uvloop"),
         "sizes": sizes(),
         "per entry": (FOLDER / "per_entry.md").read_text(),
-        "one body": (FOLDER / "one_body.md").read_text(),
+        "one body": one_body(),
         "memory": memory(),
         "tools": tools(),
         "some tools": tools(r"arithmetic|hey, 50|Locust, 50|client|log"),
@@ -254,15 +275,6 @@ def stage_ms(name: str) -> str:
     (run,) = [run for run in load("picture")["runs"] if run["endpoint"] == "/pong"]
     stages = [sample[5] for sample in run["samples"] if sample[0] == "large"]
     return ms(median(stage[name] for stage in stages))
-
-
-def body_row(app: str, endpoint: str, body: str) -> list[str]:
-    """A row of one_body.md: status, seconds, longest wait, bytes, peak memory."""
-    for line in (FOLDER / "one_body.md").read_text().splitlines():
-        row = [cell.strip() for cell in line.strip("|").split("|")]
-        if row[:3] == [app, endpoint, body]:
-            return row[3:]
-    raise KeyError((app, endpoint, body))
 
 
 def own_error_ms() -> float:
@@ -293,11 +305,11 @@ def sentences() -> dict[str, str]:
         for thread, limited in (("yes", "yes"), ("yes", "no"), ("no", "yes"))
     }
     stock = body_row("variants:app", "/stock", "all floats")
+    held = " / ".join(f"{float(text):.1f}" for text in stock[1].split(" / "))
     fast = body_row("server:app", "/ping", "all floats")
     depends = body_row("own_api:app", "/documents", "valid, no token")
     first = body_row("own_api:app", "/fixed", "valid, no token")
-    own = {name: only(f"own_{name}") for name in ("documents", "fixed")}
-    models = {name: only(f"models_{name}") for name in MODELS}
+    models = {name: p95(f"models_{name}") for name in MODELS}
     loops = {
         name: pair(f"loop_{name}", (ONE, "/ping", 1), *column)
         for name, column in {
@@ -317,7 +329,7 @@ def sentences() -> dict[str, str]:
         "headline": f"median {seconds(*ping, 'during', 'median')}, max "
         f"{seconds(*ping, 'during', 'max')}, against "
         f"{ms(figure(*ping, 'idle', 'median'))} ms when idle.",
-        "small bodies": f"{sizes[1]} ms for 1 MB, {sizes[5]} ms for 5 MB on `/ping`",
+        "small bodies": f"a `/ping` of 1 MB {sizes[1]} ms, of 5 MB {sizes[5]} ms",
         "reuse": "`--reuse-port`: a single upload pushes p95 to "
         f"{pair('servers', (REUSE, '/ping', 1), 'during')} ms, as the kernel keeps "
         "assigning connections to the blocked worker.",
@@ -335,8 +347,8 @@ def sentences() -> dict[str, str]:
         f"{answered[1]}",
         "parse": f"Of {stage_ms('total')} ms for a `/pong`, {stage_ms('parse')} ms are "
         "one call of the parser.",
-        "thread": f"p95 {ms(figure('picture', (ONE, THREAD, 1), 'during', 'p95'))} ms "
-        f"with it, {ms(figure('picture', (ONE, PONG, 1), 'during', 'p95'))} ms without",
+        "thread": f"p95 {pair('servers', (ONE, THREAD, 1), 'during')} ms with it, "
+        f"{pair('servers', (ONE, PONG, 1), 'during')} ms without",
         "def": f"p95 {pair('variants', (VARIANTS, '/stock_def', 1), 'during')} ms with "
         f"`def`, {pair('variants', (VARIANTS, '/stock', 1), 'during')} ms with "
         "`async def`",
@@ -355,18 +367,19 @@ def sentences() -> dict[str, str]:
         "new client": f"idle median {loops['closed_new-client']} ms instead of {idle} ms",
         "uvloop p95": f"p95 {pair('uvloop', (uvloop, '/ping', 1), 'during')} ms with them, "
         f"{pair('uvloop', (ONE, '/ping', 1), 'during')} ms without",
-        "invalid": f"{stock[1]} s of a stock endpoint, and {float(stock[3]) / 1e6:.0f} MB "
-        f"of errors; {fast[1]} s and {fast[3]} bytes on `/ping`",
+        "invalid": f"holds a stock endpoint for {held} s, and is answered by "
+        f"{float(stock[3]) / 1e6:.0f} MB of errors; `/ping` takes {fast[1]} s and "
+        f"{fast[3]} bytes.",
         "token": f"401 after {depends[1]} s, blocking everyone else; after {first[1]} s "
         "where the endpoint reads the body itself",
         "before": "p95 of `GET /health` while 21 MB are in flight: "
-        f"{ms(own['documents']['during']['p95'])} ms before, "
-        f"{ms(own['fixed']['during']['p95'])} ms after.",
-        "models": f"p95 {ms(models['models']['during']['p95'])} ms where the process "
-        f"returns the models, {ms(models['small_result']['during']['p95'])} ms with a "
+        f"{p95('own_documents')} ms before, "
+        f"{p95('own_fixed')} ms after.",
+        "models": f"p95 {models['models']} ms where the process "
+        f"returns the models, {models['small_result']} ms with a "
         "number.",
-        "own thread": f"p95 {ms(models['thread']['during']['p95'])} ms, where the stock "
-        f"endpoint has {ms(models['documents']['during']['p95'])} ms.",
+        "own thread": f"p95 {models['thread']} ms, where the stock "
+        f"endpoint has {models['documents']} ms.",
         "log": "`client.py` agrees with the stub's own log of the same requests to within "
         f"{own_error_ms():.1f} ms at p90, p95, p99 and max, in four runs.",
     }
