@@ -325,7 +325,14 @@ def sentences() -> dict[str, str]:
         for key in ((ONE, PROCESS, 8), (FOUR, PONG, 8))
     ]
     uvloop = ".venv-uvloop/bin/uvicorn --loop uvloop --http httptools"
+    shown = [
+        " or ".join(
+            sorted({str(row[name]["count"]) for row in cells("picture").values()})
+        )
+        for name in ("small", "large")
+    ]
     return {
+        "panels": f"Each panel has {shown[0]} small requests and {shown[1]} uploads.",
         "headline": f"median {seconds(*ping, 'during', 'median')}, max "
         f"{seconds(*ping, 'during', 'max')}, against "
         f"{ms(figure(*ping, 'idle', 'median'))} ms when idle.",
@@ -368,7 +375,7 @@ def sentences() -> dict[str, str]:
         "uvloop p95": f"p95 {pair('uvloop', (uvloop, '/ping', 1), 'during')} ms with them, "
         f"{pair('uvloop', (ONE, '/ping', 1), 'during')} ms without",
         "invalid": f"holds a stock endpoint for {held} s, and is answered by "
-        f"{float(stock[3]) / 1e6:.0f} MB of errors; `/ping` takes {fast[1]} s and "
+        f"{float(stock[3]) / 1e6:.0f} MB of errors; on `/ping` it takes {fast[1]} s and "
         f"{fast[3]} bytes.",
         "token": f"401 after {depends[1]} s, blocking everyone else; after {first[1]} s "
         "where the endpoint reads the body itself",
