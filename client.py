@@ -16,7 +16,7 @@ then a Markdown table; latencies are in ms. The terms:
   during    those of `small` that were due while a large one was in flight
   large     latency = arrival of the answer - start of sending, connecting included
   arrival   when the last byte reaches the client's process, not when a task gets its turn
-            (but --connections new-client)
+            (except with --connections new-client)
   lateness  how long after its due time the client began to act on a small request; a p99
             above 5 ms in the idle phase, or 20 ms in the mixed one, is a warning
   errors    wrong answer, bad status, timeout, refused, broken or interrupted connection:
@@ -27,7 +27,7 @@ What is measured:
   --endpoint PATH ...     paths of the demo: bodies are generated, answers checked
                           (default: /ping /pong "/pong?offload=process")
   --small, --large "METHOD PATH [@FILE]"
-                          your own requests instead; any 2xx is right
+                          your own requests instead; any 2xx is a success
   --header "Name: value"  sent with every request, its value masked in all output (repeat)
   --base-url URL          the server (default: http://127.0.0.1:8000, where the demo is
                           started if nothing listens)
@@ -46,7 +46,7 @@ How:
   --closed-loop           no small request while another waits: hides stalls
 Output:
   --fail-if "during p95 > 50"
-                          exit with 3 if a statistic of a class is over so many ms (repeat)
+                          exit with 3 if a statistic of a class exceeds that many ms (repeat)
   --json FILE             every sample, the parameters, versions and machine
   --plot FILE             how long small requests waited, .png or .svg (needs matplotlib)
 

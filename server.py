@@ -3,10 +3,10 @@
 /ping is what everybody writes: a pydantic model as the parameter. /pong reads the raw
 request in chunks, parses it with orjson and checks `data` without copying it. Both hold
 the event loop while they parse. /pong?offload=process parses in a worker process, and the
-loop stays free; /pong?offload=thread does not help, as the parser holds the GIL. Bodies up
+loop stays free; /pong?offload=thread helps little, as the parser holds the GIL. Bodies up
 to 64 KiB are always parsed in the loop.
 
-A body is {"name": at most 200 characters, "data": {any key: 64-bit integer, ...}}, its
+A body is {"name": at most 200 characters, "data": {any key: 64-bit integer, ...}}, the
 answer {"name": ..., "count": len(data), "maxval": the largest value, or 0}, or an error:
 
   413  over 64 MiB; MAX_BODY_MB in the environment sets another limit, in MiB
