@@ -75,7 +75,8 @@ def markdown(titles: str, rows: Iterable[Iterable[Any]], texts: int) -> str:
     names = [title.strip() for title in titles.split("|")]
     rule = ["---"] * texts + ["---:"] * (len(names) - texts)
     lines = [names, rule, *([str(cell) for cell in row] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return text.replace(" / ", "\u00a0/\u00a0")  # a pair is not to be wrapped
 
 
 def first() -> str:
@@ -100,7 +101,7 @@ def matrix(uploads: int) -> str:
 
     def cell(server: str, path: str) -> str:
         pair = [run[server, path, uploads]["during"]["p95"] for run in runs]
-        return "\u00a0/\u00a0".join(map(ms, pair))  # not to be wrapped
+        return " / ".join(map(ms, pair))
 
     servers = dict.fromkeys(server for server, _, _ in runs[0])
     rows = ([f"`{s}`", *(cell(s, path) for path in PATHS)] for s in servers)
@@ -222,21 +223,22 @@ def tools(among: str = "") -> str:
     return markdown("tool | p90 | p95 | p99 | max", rows, 1)
 
 
+def bodies() -> Iterator[list[str]]:
+    """The rows of two runs of one_body.py, titles first: pairs of seconds, all else equal."""
+    lines = (file.read_text().splitlines() for file in BODIES)
+    for both in zip(*lines, strict=True):
+        cells = zip(*(line.strip("| ").split(" | ") for line in both), strict=True)
+        yield [" / ".join(p if "." in p[0] else dict.fromkeys(p)) for p in cells]
+
+
 def one_body() -> str:
-    """The tables of two runs of one_body.py as one: pairs of seconds, all else is equal."""
-    rows = []
-    for line in zip(*(file.read_text().splitlines() for file in BODIES), strict=True):
-        cells = zip(*(text.strip("| ").split(" | ") for text in line), strict=True)
-        rows.append([" / ".join(p if "." in p[0] else dict.fromkeys(p)) for p in cells])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    titles, _, *rows = bodies()
+    return markdown(" | ".join(titles), rows, 3)
 
 
-def body_row(app: str, endpoint: str, body: str) -> list[str]:
-    """A row of it: status, seconds, longest wait in s, bytes of the answer."""
-    (row,) = re.findall(
-        rf"\| {app} \| {endpoint} \| {re.escape(body)} \| (.*) \|", one_body()
-    )
-    return str(row).split(" | ")
+def body_row(*which: str) -> list[str]:
+    """For an app, endpoint and body: status, seconds, longest wait in s, bytes of the answer."""
+    return next(row[3:] for row in bodies() if tuple(row[:3]) == which)
 
 
 def tables() -> dict[str, str]:
