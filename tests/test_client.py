@@ -34,7 +34,7 @@ SERVERS = [server.format(port=PORT) for server in (m.STUB, m.GUNICORN)]
 WRONG = f"""
 --rate 0 | --rate -1 | --rate nan | --rate inf | --rate x | --rate 9999999 | --duration 0
 | --base-url foo | --base-url http://[::1 | --base-url ftp://a
-| --timeout 0 | --idle -1 | --pause nan | --large-mb 0 | --endpoint ping
+| --timeout 0 | --idle -1 | --pause nan | --large-mb 0 | --endpoint ping | --serve ''
 | --connections some | --unknown | --json /missing/file | --json /
 | --plot x.pdf | --uploads 0 | --uploads 1.5 | --large 'GET /x' | --small 'GET /x'
 | --small 'GET /x' --large 'POST x' | --small 'GET /x' --large 'GET /x' --endpoint /x
