@@ -801,7 +801,7 @@ def picture(text: str) -> Path:
     if not text.endswith((".png", ".svg")):
         raise ArgumentTypeError(f"must end with .png or .svg, not {text!r}")
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib  # noqa: F401  # is it there? plot() comes after a long run
     except ImportError:
         raise ArgumentTypeError("needs matplotlib: pip install matplotlib") from None
     return output(text)

@@ -24,8 +24,7 @@ import client
 calls: list[client.Call] = []  # small and large: made once, before any is due
 
 
-# Locust does not annotate its decorators.
-@events.init_command_line_parser.add_listener  # type: ignore[untyped-decorator]
+@events.init_command_line_parser.add_listener  # type: ignore[untyped-decorator]  # Locust leaves it untyped
 def add_arguments(parser: Any) -> None:
     add = parser.add_argument
     add("--endpoint", default="/ping", help="path of the demo to measure")
@@ -40,7 +39,7 @@ def add_arguments(parser: Any) -> None:
     add("--large-mb", type=float, default=25, help="size of a large body, in 1000 kB")
 
 
-@events.test_start.add_listener  # type: ignore[untyped-decorator]
+@events.test_start.add_listener  # type: ignore[untyped-decorator]  # Locust leaves it untyped
 def make_calls(environment: Environment, **_: Any) -> None:
     given = vars(environment.parsed_options)
     options = Namespace(**given | {"endpoint": [given["endpoint"]]})
@@ -55,9 +54,8 @@ class Sender(FastHttpUser):
     def send(self, name: str, due_s: float) -> None:
         call = calls[name == "large"]
         request, expected = call.request, call.expected
-        content: Any = (
-            request.content
-        )  # Locust takes bytes, whatever its annotation says
+        # Locust takes bytes, whatever its annotation says.
+        content: Any = request.content
         headers = {"Connection": "close", **request.headers}
         del headers["host"]
         with self.client.request(

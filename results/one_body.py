@@ -22,7 +22,7 @@ URL = "http://127.0.0.1:8765"
 VALID = client.make_body("large", 25_000_000).content
 FLOATS = VALID.replace(b",", b".5,").replace(b'".5,', b'",', 1).replace(b"}}", b".5}}")
 RECORDS = [{"id": i, "tags": ["red", "green", f"t{i}"]} for i in range(400_000)]
-NESTED = json.dumps({"records": RECORDS}).encode()  # 20 MB
+NESTED = json.dumps({"records": RECORDS}).encode()  # 21 MB
 CASES = [
     ("variants:app --app-dir results", "/stock", "valid", VALID),
     ("variants:app --app-dir results", "/stock", "all floats", FLOATS),
