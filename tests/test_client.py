@@ -247,7 +247,7 @@ def test_lateness(outcome: m.Outcome) -> None:
     assert "small max cannot be told: the client was late" in done.stderr
 
 
-def test_refuses_wrong_usage(monkeypatch: Any, capsys: Any) -> None:
+def test_refuses_wrong_usage(monkeypatch: Any, capfd: Any) -> None:
     """Wrong usage, and a body, file or library that is missing: status 2, and one line why."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for text in WRONG.split("|"):
@@ -255,7 +255,7 @@ def test_refuses_wrong_usage(monkeypatch: Any, capsys: Any) -> None:
         monkeypatch.setattr("sys.argv", ["client.py", *shlex.split(flags)])
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(m.CLIENT[1], run_name="__main__")
-        stdout, stderr = capsys.readouterr()
+        stdout, stderr = capfd.readouterr()
         assert (ended.value.code, stdout) == (2, ""), text
         assert why in stderr and len(stderr.strip().splitlines()) == 1, stderr
 
